@@ -1,0 +1,341 @@
+"""The configuration of a run: one frozen struct per component, prose under each field.
+
+TOML in, structs out; an unknown key is an error. A component receives only its own struct. Cross-field rules live in
+:mod:`cod_async.config.check`. Loading this module loads neither torch nor zmq.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0, le=10_000_000)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+NonNegative = Annotated[float, Meta(ge=0, le=1e12)]
+PositiveFloat = Annotated[float, Meta(gt=0, le=1e12)]
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all sections: frozen, keyword-only, unknown keys refused."""
+
+
+class EarlyStop(_Section):
+    """End training before ``num_steps`` once the CoD effect stands."""
+
+    is_enabled: bool = False
+    """Whether to stop early at all."""
+    window_steps: Positive = 20
+    """Average over this many last steps."""
+    gap: float = 0.25
+    """Stop when mean reward of positions 1.. minus position 0, over the window, is at least this."""
+    min_steps: Count = 0
+    """Never stop before this many steps."""
+
+
+class RunSection(_Section):
+    """What the run is called, where it lives, how long it goes on."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
+    """Folder name under ``output_dir``; letters, digits, dot, dash, underscore."""
+    output_dir: str = "runs"
+    """Where run folders are made; on the coordinator's local disk."""
+    seed: Count = 0
+    """Seed of everything that is drawn: packs, records, sampling, initial weights."""
+    num_steps: Positive = 100
+    """Optimiser steps of the whole run."""
+    early_stop: EarlyStop = EarlyStop()
+    """Optional early end."""
+    grace_s: Seconds = 30.0
+    """Time between Ctrl-C or SIGTERM and the end of the last process."""
+
+
+class EnvironmentConfig(_Section):
+    """One environment of the mixture."""
+
+    name: str
+    """Registry name, see ``cod env list``."""
+    preset: str
+    """Preset name, see ``cod env list``."""
+    weight: PositiveFloat = 1.0
+    """Share of packs, relative to the other environments."""
+    options: dict[str, Any] = {}
+    """Overrides of the preset's options."""
+
+
+class LifecycleConfig(_Section):
+    """How lifecycles are played and what their episodes are rewarded with."""
+
+    pack_size: Positive = 4
+    """Tasks per lifecycle (S)."""
+    group_size: Positive = 8
+    """Lifecycles per pack (G); the baseline is taken over them."""
+    carry: Literal["hint", "transcript", "none"] = "hint"
+    """What goes from task to task: the hint block; the whole conversation; nothing."""
+    max_response_tokens: Positive = 512
+    """Most generated tokens per solve response."""
+    max_hint_tokens: Positive = 512
+    """Most generated tokens per update episode."""
+    length_notice_tokens: Count = 0
+    """Ask the policy in the prompt to stay within this many tokens; 0 asks nothing."""
+    hint_penalty: NonNegative = 0.1
+    """A hint that does not parse is rewarded with minus this."""
+    solve_penalty: Fraction = 0.1
+    """A success after T of T_max responses loses ``solve_penalty * T / T_max``; failures lose nothing."""
+
+
+class ModelConfig(_Section):
+    """The policy."""
+
+    path: str = ""
+    """Hugging Face model directory to start from; empty: the bootstrap makes one inside the run folder."""
+    renderer: Literal["auto", "terse", "chatml"] = "auto"
+    """Template family; ``auto`` reads it from the tokenizer's chat template and refuses what it does not know."""
+    max_context_tokens: Positive = 256
+    """Longest row."""
+
+
+class TinyModelConfig(_Section):
+    """Shape of the model that the bootstrap makes."""
+
+    hidden_size: Positive = 64
+    num_layers: Positive = 2
+    num_heads: Positive = 4
+    num_kv_heads: Positive = 2
+    head_dim: Positive = 16
+    intermediate_size: Positive = 192
+
+
+class BootstrapConfig(_Section):
+    """The starting model: format and note-taking only, no use of hints."""
+
+    kind: Literal["auto", "documents", "random"] = "auto"
+    """``documents``: train on the environment's bootstrap documents; ``random``: random weights; ``auto``: documents if
+    the environment has some, else random."""
+    num_steps: Positive = 400
+    """Optimiser steps."""
+    documents_per_step: Positive = 96
+    """Documents per step."""
+    lr: PositiveFloat = 5e-3
+    """Peak learning rate; linear decay to a tenth."""
+    warmup_steps: Count = 20
+    """Linear warm-up."""
+    qa_loss_gate: PositiveFloat = 0.02
+    """Go on past ``num_steps`` (at most twice as many) until the fact-reading loss is below this, in nats per answer."""
+    vocab_size: Positive = 512
+    """Tokenizer size for ``kind = random`` (byte-level BPE made on the spot; at least 300)."""
+    model: TinyModelConfig = TinyModelConfig()
+    """Shape of the model."""
+
+
+class EngineConfig(_Section):
+    """Generation."""
+
+    kind: Literal["embedded", "sglang"] = "embedded"
+    """``embedded``: batched torch generation inside the actor; ``sglang``: SGLang servers."""
+    urls: tuple[str, ...] = ()
+    """SGLang servers to attach to."""
+    max_running: Positive = 128
+    """Sequences decoded at once."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; log-probs are of the tempered distribution."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Nucleus cut; values under 1 make the log-probs wrong for training and are refused by ``train``."""
+    on_publish: Literal["in_place", "recompute", "at_episode_boundary"] = "in_place"
+    """What happens to running sequences when weights change: go on with the old KV cache; recompute it; hold the
+    switch back until running episodes are done (new ones wait)."""
+    is_batch_invariant: bool = False
+    """Compute in fixed shapes so that a sequence's tokens and log-probs do not depend on what runs beside it; slower."""
+    num_threads: Positive = 1
+    """OpenMP threads of the actor process."""
+
+
+class ActorsConfig(_Section):
+    """Actor processes."""
+
+    num_processes: Positive = 1
+    """Actor processes started by the launcher."""
+    lifecycles_per_process: Positive = 128
+    """Lifecycles played at once by each."""
+    max_retries: Count = 3
+    """An episode that fails as infrastructure is retried this often, then its lifecycle is returned."""
+    max_outbox_segments: Positive = 1024
+    """Sealed segments waiting for acknowledgement; at the ceiling lifecycles wait, nothing is dropped."""
+
+
+class TransportConfig(_Section):
+    """The link between the processes."""
+
+    bind: str = "tcp://127.0.0.1:0"
+    """Address of the coordinator; port 0 takes a free one. Other than loopback needs keys."""
+    max_message_bytes: Annotated[int, Meta(ge=4096, le=1 << 30)] = 64 << 20
+    """Larger frames are refused."""
+    heartbeat_s: Seconds = 1.0
+    """Interval of heartbeats, both ways."""
+    session_timeout_s: Seconds = 5.0
+    """A client that was silent for this long has lost its leases; at least three heartbeats."""
+    resend_s: Seconds = 2.0
+    """Unacknowledged messages are sent again after this."""
+    credit_segments: Positive = 256
+    """Unacknowledged segments per actor."""
+    credit_bytes: Positive = 64 << 20
+    """Unacknowledged bytes per actor."""
+
+
+class StoreConfig(_Section):
+    """The run database."""
+
+    retention: Literal["all", "until_checkpoint"] = "all"
+    """Which segment payloads are kept after they were trained."""
+    commit_max_segments: Positive = 128
+    """Segments per group commit."""
+    commit_interval_s: Seconds = 0.01
+    """Longest wait for a group commit to fill."""
+    max_database_bytes: Positive = 64 << 30
+    """Ceiling; at it no credit is given until there is room."""
+
+
+class StalenessConfig(_Section):
+    """How far data may lag behind the weights that train on it."""
+
+    max_lag: Count = 4
+    """Bound on (learner step at consumption) - (step of the oldest token); 0 is synchronous."""
+    plan_ahead_steps: Annotated[int, Meta(ge=-1)] = -1
+    """How many steps' worth of groups may be under way beyond the current step; -1: max(1, max_lag // 2), or 0 when
+    max_lag is 0. The difference to ``max_lag`` is the slack for slow groups."""
+    on_bound: Literal["wait", "expire"] = "wait"
+    """``wait``: the learner pauses before a step that would push running work past the bound. ``expire``: drop it."""
+
+
+class GroupsConfig(_Section):
+    """When a group's baseline closes."""
+
+    close: Literal["all", "quorum"] = "all"
+    """``all``: when every member has ended or was given up; ``quorum``: when ``quorum_members`` have, after ``after_s``."""
+    quorum_members: Positive = 1
+    """Members needed for ``quorum``."""
+    after_s: NonNegative = 0.0
+    """Seconds from the group's first lease before a quorum may close it."""
+    deadline_s: Seconds = 600.0
+    """A lifecycle that has not ended this long after its lease is given up (``deadline``)."""
+
+
+class CreditAssignmentConfig(_Section):
+    """Returns, baselines and re-weighting."""
+
+    style: Literal["mean", "sliding_window_mean", "discounted"] = "mean"
+    """How the rewards from an episode on become its return."""
+    window: Positive | None = None
+    """Window W of ``sliding_window_mean``."""
+    gamma: Fraction | None = None
+    """Factor of ``discounted``."""
+    baseline: Literal["group_mean", "leave_one_out", "non_causal"] = "group_mean"
+    """Per kind and position over the group; ``non_causal``: one reward per lifecycle."""
+    std: Literal["none", "group", "batch"] = "none"
+    """Divide advantages by a standard deviation."""
+    red: Literal["off", "bisection"] = "off"
+    """Reward-distribution balancing of negative and positive advantages."""
+    red_level: Literal["batch", "pack", "taskset"] = "batch"
+    """Sets over which RED balances."""
+    parity: bool = False
+    """Reproduce the reference's coarse bisection instead of the exact root."""
+
+
+class LossConfig(_Section):
+    """The token loss."""
+
+    clip: Literal["one_side", "ppo", "none"] = "one_side"
+    """``one_side``: the paper's mask without importance weight; ``ppo``: clipped ratio; ``none``: policy gradient."""
+    eps_low: NonNegative = 0.2
+    eps_high: NonNegative = 0.2
+    """Clip range of the ratio current / behaviour."""
+    behavior_weight: Literal["none", "truncated"] = "none"
+    """Multiply by min(current / behaviour, ``weight_cap``), stop-gradient."""
+    weight_cap: PositiveFloat = 2.0
+    """Ceiling of the behaviour weight."""
+    kl_coef: NonNegative = 0.0
+    """Weight of the sampled k3 divergence to the starting model; 0 skips the reference pass."""
+
+
+class LearnerConfig(_Section):
+    """The optimiser step."""
+
+    groups_per_step: Positive = 16
+    """Closed groups per optimiser step."""
+    tokens_per_micro_batch: Positive = 16384
+    """Token budget of a micro-batch, padding included."""
+    lr: PositiveFloat = 1e-6
+    """Learning rate after warm-up, constant."""
+    warmup_steps: Count = 0
+    """Linear warm-up."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW betas."""
+    weight_decay: NonNegative = 0.01
+    """AdamW weight decay."""
+    grad_clip: PositiveFloat = 1.0
+    """Ceiling of the gradient norm."""
+    num_threads: Positive = 1
+    """OpenMP threads of the learner process."""
+    checkpoint_every_steps: Positive = 20
+    """Optimiser steps between durable checkpoints; the last step is always saved."""
+    keep_checkpoints: Positive = 3
+    """Older ones are deleted, the newest and the first are kept."""
+
+
+class WeightsConfig(_Section):
+    """Publication of policy versions."""
+
+    publish_every_steps: Positive = 1
+    """Optimiser steps between publications."""
+    keep_versions: Annotated[int, Meta(ge=2)] = 4
+    """Published versions kept on disk."""
+
+
+class EvaluationConfig(_Section):
+    """Evaluation before and after training."""
+
+    num_packs: Positive = 256
+    """Fresh packs per curve."""
+    lifecycles_per_pack: Positive = 2
+    """Lifecycles per pack."""
+    is_enabled: bool = True
+    """Whether ``train`` evaluates before and after."""
+
+
+class ObserveConfig(_Section):
+    """What is written for people."""
+
+    has_tensorboard: bool = True
+    """Write TensorBoard event files."""
+    has_plots: bool = True
+    """Draw PNG plots at the end and every ``plot_every_s``."""
+    plot_every_s: Seconds = 60.0
+    """Seconds between redrawn plots."""
+    num_transcripts: Count = 4
+    """Lifecycles written as readable Markdown at the end."""
+
+
+class Config(_Section):
+    """The whole configuration of a run."""
+
+    environments: tuple[EnvironmentConfig, ...]
+    """At least one."""
+    run: RunSection = RunSection()
+    lifecycle: LifecycleConfig = LifecycleConfig()
+    model: ModelConfig = ModelConfig()
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    engine: EngineConfig = EngineConfig()
+    actors: ActorsConfig = ActorsConfig()
+    transport: TransportConfig = TransportConfig()
+    store: StoreConfig = StoreConfig()
+    staleness: StalenessConfig = StalenessConfig()
+    groups: GroupsConfig = GroupsConfig()
+    credit_assignment: CreditAssignmentConfig = CreditAssignmentConfig()
+    loss: LossConfig = LossConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    observe: ObserveConfig = ObserveConfig()

@@ -1,0 +1,172 @@
+"""The interface an environment author learns in five minutes.
+
+An environment is a hidden world plus tasks in it. One :class:`Environment` object serves one lifecycle: ``reset``
+starts the task at one position, ``step`` takes the policy's text, ``feedback`` tells the update episode what came of
+it. State that outlives a task lives in the object and travels with every sealed segment (``snapshot`` and ``restore``);
+nothing may live in module globals. Environments are pure: they load neither torch nor zmq, never see tokens, and never
+evaluate the policy's text.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import msgspec
+
+from cod_async.lifecycle.segment import Finish
+
+PromptStyle = Literal["full", "terse"]
+"""``full``: English prompts for instruction-tuned models. ``terse``: a few words, for the tiny quickstart model."""
+
+
+class TaskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One task of a pack, exactly as the coordinator leased it.
+
+    Attributes:
+        environment, preset: registry name and preset.
+        options: preset overrides given in the config, as JSON-able values.
+        record: one line of the environment's data set.
+        pack_seed: seed of the hidden world, equal for every task and every lifecycle of the pack (0 .. 2^64-1).
+        position: task index in the pack, 0-based.
+        pack_size: number of tasks in the pack.
+    """
+
+    environment: str
+    preset: str
+    options: dict[str, Any]
+    record: dict[str, Any]
+    pack_seed: int
+    position: int
+    pack_size: int
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    """What one policy response led to.
+
+    Attributes:
+        observation: the next user message (also set on the last step; the updater may want it).
+        is_done: whether the episode is over.
+        raw_reward: reward before penalties; meaningful when ``is_done``.
+        finish: why the episode ended; meaningful when ``is_done``.
+        metrics: finite numbers to add to the segment's metrics.
+    """
+
+    observation: str
+    is_done: bool
+    raw_reward: float = 0.0
+    finish: Finish = "failure"
+    metrics: dict[str, float] = {}
+
+
+class Environment(ABC):
+    """One lifecycle's view of a hidden world. See the module text; an example is ``envs/hidden_buttons``."""
+
+    name: ClassVar[str]
+    prompt_style: ClassVar[PromptStyle] = "full"
+    is_resumable: ClassVar[bool] = True
+
+    @abstractmethod
+    def reset(self, task: TaskSpec) -> str:
+        """Start a task and return the first user message.
+
+        Raises:
+            EnvironmentInputError: the record, preset or options are wrong, with the field named.
+        """
+
+    @abstractmethod
+    def system_prompt(self) -> str:
+        """Return the rules of the current task, without hints and without length requests."""
+
+    @abstractmethod
+    async def step(self, response: str) -> StepResult:
+        """Apply the policy's text; a text that does not parse is a ``format_error``, never an exception."""
+
+    @abstractmethod
+    def feedback(self) -> str:
+        """Return the sentence on the finished episode that the update episode is shown."""
+
+    @property
+    @abstractmethod
+    def max_steps(self) -> int:
+        """Most policy responses in one solve episode of the current task."""
+
+    def trajectory(self, messages: list[tuple[str, str]]) -> str | None:
+        """Return the environment's own trajectory text for the updater, or None for the generic one.
+
+        Args:
+            messages: alternating ``("user", text)`` and ``("assistant", text)`` of the finished episode.
+        """
+        return None
+
+    def snapshot(self) -> bytes:
+        """Return the state that must survive between two tasks of the lifecycle."""
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        """Take back what :meth:`snapshot` returned; called before ``reset`` of the next task."""
+
+    @abstractmethod
+    def hidden(self) -> dict[str, Any]:
+        """Return the hidden world of the current task as JSON-able values (for ``cod env show`` and oracles)."""
+
+    @abstractmethod
+    def task_view(self) -> dict[str, Any]:
+        """Return the visible facts of the current task as JSON-able values (for ``cod env show``)."""
+
+
+Policy = Callable[[Environment, str, Any], str]
+"""A scripted policy: (environment, last observation, its own memory across the pack) -> response text."""
+
+
+class EnvironmentSpec(msgspec.Struct, frozen=True):
+    """How an environment registers itself (entry point group ``cod_async.environments``).
+
+    Attributes:
+        name: registry name.
+        presets: preset name -> options with their values; options in a config override these.
+        hidden: one sentence on what is hidden.
+        default_preset: used when the user names none.
+        default_pack_size: tasks in a pack when the user names none.
+        make: (options) -> environment. Raises EnvironmentInputError on unknown or contradictory options.
+        records: (options, split, seed) -> endless iterator of data records; ``split`` is ``train`` or ``held_out``.
+        pack_seed_for: (options, split, seed) -> a pack seed whose hidden world belongs to the split.
+        policies: scripted policies by name; ``random`` and ``oracle`` are required.
+    """
+
+    name: str
+    presets: Mapping[str, Mapping[str, Any]]
+    hidden: str
+    default_preset: str
+    default_pack_size: int
+    make: Callable[[Mapping[str, Any]], Environment]
+    records: Callable[[Mapping[str, Any], str, int], Iterator[dict[str, Any]]]
+    pack_seed_for: Callable[[Mapping[str, Any], str, int], int]
+    policies: Mapping[str, Callable[[int], Policy]]
+
+    def options(self, preset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Merge a preset with overrides.
+
+        Raises:
+            EnvironmentInputError: unknown preset or unknown option, naming those that exist.
+        """
+        from cod_async.errors import EnvironmentInputError
+
+        if preset not in self.presets:
+            known = ", ".join(sorted(self.presets))
+            raise EnvironmentInputError(f"environment {self.name}: no preset {preset!r}; presets are {known}")
+        merged = dict(self.presets[preset])
+        unknown = sorted(set(overrides or {}) - set(merged))
+        if unknown:
+            raise EnvironmentInputError(
+                f"environment {self.name}: unknown option {', '.join(unknown)}; options are {', '.join(sorted(merged))}"
+            )
+        merged.update(overrides or {})
+        return merged
+
+
+def canonical_json(value: Any) -> str:
+    """Serialise records and options the same way everywhere (sorted keys, no spaces)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
