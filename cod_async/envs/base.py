@@ -1,10 +1,10 @@
 """The interface an environment author learns in five minutes.
 
-An environment is a hidden world plus tasks in it. One :class:`Environment` object serves one lifecycle: ``reset``
-starts the task at one position, ``step`` takes the policy's text, ``feedback`` tells the update episode what came of
-it. State that outlives a task lives in the object and travels with every sealed segment (``snapshot`` and ``restore``);
-nothing may live in module globals. Environments are pure: they load neither torch nor zmq, never see tokens, and never
-evaluate the policy's text.
+An environment is a hidden world plus tasks in it. One :class:`Environment` object serves one lifecycle:
+``reset`` starts the task at one position, ``step`` takes the policy's text, ``feedback`` tells the update
+episode what came of it. State that outlives a task lives in the object and travels with every sealed segment
+(``snapshot`` and ``restore``); nothing may live in module globals. Environments are pure: they load neither
+torch nor zmq, never see tokens, and never evaluate the policy's text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 from cod_async.lifecycle.segment import Finish
 
 PromptStyle = Literal["full", "terse"]
-"""``full``: English prompts for instruction-tuned models. ``terse``: a few words, for the tiny quickstart model."""
+"""``full``: English prompts for instruction-tuned models. ``terse``: a few words, for the tiny model."""
 
 
 class TaskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,7 +29,8 @@ class TaskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         environment, preset: registry name and preset.
         options: preset overrides given in the config, as JSON-able values.
         record: one line of the environment's data set.
-        pack_seed: seed of the hidden world, equal for every task and every lifecycle of the pack (0 .. 2^64-1).
+        pack_seed: seed of the hidden world, equal for every task and every lifecycle of the pack (0 ..
+            2^64-1).
         position: task index in the pack, 0-based.
         pack_size: number of tasks in the pack.
     """
@@ -105,12 +106,12 @@ class Environment(ABC):
         """Return the state that must survive between two tasks of the lifecycle."""
         return b""
 
-    def restore(self, state: bytes) -> None:
+    def restore(self, state: bytes) -> None:  # noqa: B027 - stateless environments need none
         """Take back what :meth:`snapshot` returned; called before ``reset`` of the next task."""
 
     @abstractmethod
     def hidden(self) -> dict[str, Any]:
-        """Return the hidden world of the current task as JSON-able values (for ``cod env show`` and oracles)."""
+        """Return the hidden world of the current task as JSON-able values (``cod env show``, oracles)."""
 
     @abstractmethod
     def task_view(self) -> dict[str, Any]:
@@ -131,9 +132,19 @@ class EnvironmentSpec(msgspec.Struct, frozen=True):
         default_preset: used when the user names none.
         default_pack_size: tasks in a pack when the user names none.
         make: (options) -> environment. Raises EnvironmentInputError on unknown or contradictory options.
-        records: (options, split, seed) -> endless iterator of data records; ``split`` is ``train`` or ``held_out``.
+        records: (options, split, seed) -> endless iterator of data records; ``split`` is ``train`` or
+            ``held_out``.
         pack_seed_for: (options, split, seed) -> a pack seed whose hidden world belongs to the split.
         policies: scripted policies by name; ``random`` and ``oracle`` are required.
+        record_at: (options, split, seed, row) -> row ``row`` >= 0 of ``records``, in constant time. For
+            environments whose data set has an order that packs should follow (row numbers past its end start
+            over); None: packs draw from ``records`` with a seed of their own.
+        truth_hint: (fresh environment, task) -> the hint, label included, that tells the task's hidden world
+            in plain words; shown by the evaluation control ``truth`` (use of a hint as opposed to its
+            discovery). None: no such control.
+        bootstrap_module: module that makes a tiny starting model for this environment, with
+            ``vocabulary(options)``, ``bootstrap_documents(options, seed, num, pack_size=)`` and
+            ``skills(options)``; empty: there is none, and ``cod bootstrap`` makes random weights.
     """
 
     name: str
@@ -145,6 +156,9 @@ class EnvironmentSpec(msgspec.Struct, frozen=True):
     records: Callable[[Mapping[str, Any], str, int], Iterator[dict[str, Any]]]
     pack_seed_for: Callable[[Mapping[str, Any], str, int], int]
     policies: Mapping[str, Callable[[int], Policy]]
+    record_at: Callable[[Mapping[str, Any], str, int, int], dict[str, Any]] | None = None
+    truth_hint: Callable[[Environment, TaskSpec], str] | None = None
+    bootstrap_module: str = ""
 
     def options(self, preset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Merge a preset with overrides.
@@ -161,7 +175,8 @@ class EnvironmentSpec(msgspec.Struct, frozen=True):
         unknown = sorted(set(overrides or {}) - set(merged))
         if unknown:
             raise EnvironmentInputError(
-                f"environment {self.name}: unknown option {', '.join(unknown)}; options are {', '.join(sorted(merged))}"
+                f"environment {self.name}: unknown option {', '.join(unknown)}; "
+                f"options are {', '.join(sorted(merged))}"
             )
         merged.update(overrides or {})
         return merged

@@ -1,0 +1,204 @@
+"""What ``cod env list``, ``show`` and ``play`` answer, as JSON-able values; ``cod`` only prints them.
+
+``show`` builds a task exactly as a rollout would and shows what is hidden in it; ``play`` lets a scripted
+policy live
+through whole packs and returns its reward at each position: the floor (``random``) and the ceiling
+(``oracle``) of a learning curve, without any model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cod_async.config.schema import EnvironmentConfig, LifecycleConfig
+from cod_async.envs import registry
+from cod_async.envs.base import Environment, EnvironmentSpec, Policy, TaskSpec
+from cod_async.errors import EnvironmentInputError
+from cod_async.lifecycle.episodes import penalized_reward
+from cod_async.lifecycle.packs import PackPlan, Split, plan_pack, stable_seed
+
+MAX_PACK_SIZE = 10_000
+"""Largest pack that ``show`` and ``play`` accept."""
+
+
+def list_environments() -> list[dict[str, Any]]:
+    """Return ``[{name, presets, positions, hidden}]`` of all registered environments, by name.
+
+    Returns:
+        ``presets``: preset names; ``positions``: default pack size; ``hidden``: one sentence on what is
+        hidden.
+
+    Raises:
+        EnvironmentInputError: a registered environment cannot be loaded; the message names it.
+    """
+    specs = [registry.get(name) for name in registry.names()]
+    return [
+        {
+            "name": spec.name,
+            "presets": list(spec.presets),
+            "positions": spec.default_pack_size,
+            "hidden": spec.hidden,
+        }
+        for spec in specs
+    ]
+
+
+def show(
+    name: str,
+    preset: str | None = None,
+    pack_seed: int = 0,
+    record: Mapping[str, Any] | None = None,
+    position: int = 0,
+    pack_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Build one task and return ``{environment, hidden, task}``.
+
+    Args:
+        name: registry name.
+        preset: preset name; None takes the environment's default.
+        pack_seed: seed of the hidden world, 0 .. 2^64-1.
+        record: the fields of one data record; None takes the first training record of data seed 0.
+        position: task index in the pack, 0-based.
+        pack_size: tasks in the pack; None takes the environment's default.
+        options: overrides of the preset's options.
+
+    Raises:
+        EnvironmentInputError: anything of the above is unknown or out of range; the message lists what
+            exists.
+    """
+    spec, preset, pack_size = _resolve(name, preset, pack_size)
+    if not 0 <= pack_seed < 1 << 64:
+        raise EnvironmentInputError(f"pack seed is {pack_seed}; it must be an integer from 0 to 2^64-1")
+    if not 0 <= position < pack_size:
+        raise EnvironmentInputError(
+            f"position is {position}; a pack of {pack_size} has positions 0 to {pack_size - 1}"
+        )
+    merged = spec.options(preset, options)
+    environment = spec.make(merged)
+    if record is None:
+        record = next(iter(spec.records(merged, "train", 0)))
+    environment.reset(
+        TaskSpec(
+            environment=name,
+            preset=preset,
+            options=dict(options or {}),
+            record=dict(record),
+            pack_seed=pack_seed,
+            position=position,
+            pack_size=pack_size,
+        )
+    )
+    return {"environment": name, "hidden": environment.hidden(), "task": environment.task_view()}
+
+
+def play(
+    name: str,
+    preset: str | None = None,
+    pack_size: int | None = None,
+    policy: str = "random",
+    num_packs: int = 100,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    split: Split = "train",
+    solve_penalty: float | None = None,
+) -> dict[str, Any]:
+    """Let a scripted policy play one lifecycle of each of ``num_packs`` packs.
+
+    Args:
+        name: registry name.
+        preset: preset name; None takes the environment's default.
+        pack_size: tasks in a pack; None takes the environment's default.
+        policy: a policy of the environment; every one has ``random`` and ``oracle``.
+        num_packs: packs to play, each with its own hidden world.
+        seed: packs and the policy's choices depend on it alone.
+        on_progress: called with (packs done, packs in all) after each pack.
+        options: overrides of the preset's options.
+        split: ``train`` or ``held_out`` packs.
+        solve_penalty: share of the reward that a success loses when it takes all steps; None takes the
+            default of the configuration, so that the numbers lie on the scale of a run's curves. 0 gives raw
+            rewards.
+
+    Returns:
+        ``{"reward_by_position": [{"mean", "sem"}], "episodes_per_s"}``; ``sem`` is the standard error of the
+        mean, 0 for a single pack.
+
+    Raises:
+        EnvironmentInputError: unknown environment, preset, option or policy, or a number out of range.
+    """
+    spec, preset, pack_size = _resolve(name, preset, pack_size)
+    if policy not in spec.policies:
+        known = ", ".join(sorted(spec.policies))
+        raise EnvironmentInputError(f"environment {name}: no policy {policy!r}; policies are {known}")
+    if num_packs < 1:
+        raise EnvironmentInputError(f"the number of packs is {num_packs}; it must be at least 1")
+    if seed < 0:
+        raise EnvironmentInputError(f"the seed is {seed}; it must not be negative")
+    overrides = dict(options or {})
+    merged = spec.options(preset, overrides)
+    spec.make(merged)  # refuses wrong options before anything is played
+    penalty = LifecycleConfig().solve_penalty if solve_penalty is None else solve_penalty
+    mixture = [EnvironmentConfig(name=name, preset=preset, options=overrides)]
+
+    async def play_all() -> list[list[float]]:
+        rewards = []
+        for group in range(num_packs):
+            plan = plan_pack(mixture, pack_size, seed, group, split)
+            act = spec.policies[policy](stable_seed("policy", seed, group))
+            rewards.append(await _play_pack(spec.make(merged), plan, act, penalty))
+            if on_progress is not None:
+                on_progress(group + 1, num_packs)
+        return rewards
+
+    started_s = time.perf_counter()
+    rewards = asyncio.run(play_all())
+    elapsed_s = max(time.perf_counter() - started_s, 1e-9)
+    return {
+        "reward_by_position": [_mean_and_sem(column) for column in zip(*rewards, strict=True)],
+        "episodes_per_s": num_packs * pack_size / elapsed_s,
+    }
+
+
+async def _play_pack(
+    environment: Environment, plan: PackPlan, act: Policy, solve_penalty: float
+) -> list[float]:
+    """Play one lifecycle and return its penalised rewards; the policy's memory lasts as long."""
+    memory: dict[str, Any] = {}
+    rewards = []
+    for task in plan.tasks():
+        observation = environment.reset(task)
+        num_steps = 0
+        while True:
+            result = await environment.step(act(environment, observation, memory))
+            num_steps += 1
+            if result.is_done:
+                break
+            observation = result.observation
+        memory["feedback"] = environment.feedback()
+        rewards.append(penalized_reward(result.raw_reward, num_steps, environment.max_steps, solve_penalty))
+    return rewards
+
+
+def _resolve(name: str, preset: str | None, pack_size: int | None) -> tuple[EnvironmentSpec, str, int]:
+    """Fill in an environment's defaults and check the pack size."""
+    spec = registry.get(name)
+    size = spec.default_pack_size if pack_size is None else pack_size
+    if not 1 <= size <= MAX_PACK_SIZE:
+        raise EnvironmentInputError(f"pack size is {size}; it must be from 1 to {MAX_PACK_SIZE}")
+    return spec, spec.default_preset if preset is None else preset, size
+
+
+def _mean_and_sem(values: Sequence[float]) -> dict[str, float]:
+    """Return the mean and its standard error (unbiased variance)."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return {"mean": mean, "sem": 0.0}
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    return {"mean": mean, "sem": math.sqrt(variance / count)}
