@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen struct per component, prose under each field.
 
-TOML in, structs out; an unknown key is an error. A component receives only its own struct. Cross-field rules live in
-:mod:`cod_async.config.check`. Loading this module loads neither torch nor zmq.
+TOML in, structs out; an unknown key is an error. A component receives only its own struct. Cross-field rules
+live in :mod:`cod_async.config.check`. Loading this module loads neither torch nor zmq.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Base of all sections: frozen, keyword-only, unknown keys refused."""
 
 
-class EarlyStop(_Section):
+class EarlyStop(_Section, frozen=True, kw_only=True):
     """End training before ``num_steps`` once the CoD effect stands."""
 
     is_enabled: bool = False
@@ -36,7 +36,7 @@ class EarlyStop(_Section):
     """Never stop before this many steps."""
 
 
-class RunSection(_Section):
+class RunSection(_Section, frozen=True, kw_only=True):
     """What the run is called, where it lives, how long it goes on."""
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
@@ -53,7 +53,7 @@ class RunSection(_Section):
     """Time between Ctrl-C or SIGTERM and the end of the last process."""
 
 
-class EnvironmentConfig(_Section):
+class EnvironmentConfig(_Section, frozen=True, kw_only=True):
     """One environment of the mixture."""
 
     name: str
@@ -66,7 +66,7 @@ class EnvironmentConfig(_Section):
     """Overrides of the preset's options."""
 
 
-class LifecycleConfig(_Section):
+class LifecycleConfig(_Section, frozen=True, kw_only=True):
     """How lifecycles are played and what their episodes are rewarded with."""
 
     pack_size: Positive = 4
@@ -87,18 +87,19 @@ class LifecycleConfig(_Section):
     """A success after T of T_max responses loses ``solve_penalty * T / T_max``; failures lose nothing."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(_Section, frozen=True, kw_only=True):
     """The policy."""
 
     path: str = ""
     """Hugging Face model directory to start from; empty: the bootstrap makes one inside the run folder."""
     renderer: Literal["auto", "terse", "chatml"] = "auto"
-    """Template family; ``auto`` reads it from the tokenizer's chat template and refuses what it does not know."""
-    max_context_tokens: Positive = 256
+    """Template family; ``auto`` reads it from the tokenizer's chat template and refuses what it does not
+    know."""
+    max_context_tokens: Positive = 4096
     """Longest row."""
 
 
-class TinyModelConfig(_Section):
+class TinyModelConfig(_Section, frozen=True, kw_only=True):
     """Shape of the model that the bootstrap makes."""
 
     hidden_size: Positive = 64
@@ -109,12 +110,12 @@ class TinyModelConfig(_Section):
     intermediate_size: Positive = 192
 
 
-class BootstrapConfig(_Section):
+class BootstrapConfig(_Section, frozen=True, kw_only=True):
     """The starting model: format and note-taking only, no use of hints."""
 
     kind: Literal["auto", "documents", "random"] = "auto"
-    """``documents``: train on the environment's bootstrap documents; ``random``: random weights; ``auto``: documents if
-    the environment has some, else random."""
+    """``documents``: train on the environment's bootstrap documents; ``random``: random weights; ``auto``:
+    documents if the environment has some, else random."""
     num_steps: Positive = 400
     """Optimiser steps."""
     documents_per_step: Positive = 96
@@ -124,14 +125,15 @@ class BootstrapConfig(_Section):
     warmup_steps: Count = 20
     """Linear warm-up."""
     qa_loss_gate: PositiveFloat = 0.02
-    """Go on past ``num_steps`` (at most twice as many) until the fact-reading loss is below this, in nats per answer."""
+    """Go on past ``num_steps`` (at most twice as many) until the fact-reading loss is below this, in nats per
+    answer."""
     vocab_size: Positive = 512
     """Tokenizer size for ``kind = random`` (byte-level BPE made on the spot; at least 300)."""
     model: TinyModelConfig = TinyModelConfig()
     """Shape of the model."""
 
 
-class EngineConfig(_Section):
+class EngineConfig(_Section, frozen=True, kw_only=True):
     """Generation."""
 
     kind: Literal["embedded", "sglang"] = "embedded"
@@ -145,15 +147,16 @@ class EngineConfig(_Section):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Nucleus cut; values under 1 make the log-probs wrong for training and are refused by ``train``."""
     on_publish: Literal["in_place", "recompute", "at_episode_boundary"] = "in_place"
-    """What happens to running sequences when weights change: go on with the old KV cache; recompute it; hold the
-    switch back until running episodes are done (new ones wait)."""
+    """What happens to running sequences when weights change: go on with the old KV cache; recompute it; hold
+    the switch back until running episodes are done (new ones wait)."""
     is_batch_invariant: bool = False
-    """Compute in fixed shapes so that a sequence's tokens and log-probs do not depend on what runs beside it; slower."""
+    """Compute in fixed shapes so that a sequence's tokens and log-probs do not depend on what runs beside it;
+    slower."""
     num_threads: Positive = 1
     """OpenMP threads of the actor process."""
 
 
-class ActorsConfig(_Section):
+class ActorsConfig(_Section, frozen=True, kw_only=True):
     """Actor processes."""
 
     num_processes: Positive = 1
@@ -166,7 +169,7 @@ class ActorsConfig(_Section):
     """Sealed segments waiting for acknowledgement; at the ceiling lifecycles wait, nothing is dropped."""
 
 
-class TransportConfig(_Section):
+class TransportConfig(_Section, frozen=True, kw_only=True):
     """The link between the processes."""
 
     bind: str = "tcp://127.0.0.1:0"
@@ -185,7 +188,7 @@ class TransportConfig(_Section):
     """Unacknowledged bytes per actor."""
 
 
-class StoreConfig(_Section):
+class StoreConfig(_Section, frozen=True, kw_only=True):
     """The run database."""
 
     retention: Literal["all", "until_checkpoint"] = "all"
@@ -198,23 +201,25 @@ class StoreConfig(_Section):
     """Ceiling; at it no credit is given until there is room."""
 
 
-class StalenessConfig(_Section):
+class StalenessConfig(_Section, frozen=True, kw_only=True):
     """How far data may lag behind the weights that train on it."""
 
     max_lag: Count = 4
     """Bound on (learner step at consumption) - (step of the oldest token); 0 is synchronous."""
     plan_ahead_steps: Annotated[int, Meta(ge=-1)] = -1
-    """How many steps' worth of groups may be under way beyond the current step; -1: max(1, max_lag // 2), or 0 when
-    max_lag is 0. The difference to ``max_lag`` is the slack for slow groups."""
+    """How many steps' worth of groups may be under way beyond the current step; -1: max(1, max_lag // 2), or
+    0 when max_lag is 0. The difference to ``max_lag`` is the slack for slow groups."""
     on_bound: Literal["wait", "expire"] = "wait"
-    """``wait``: the learner pauses before a step that would push running work past the bound. ``expire``: drop it."""
+    """``wait``: the learner pauses before a step that would push running work past the bound. ``expire``:
+    drop it."""
 
 
-class GroupsConfig(_Section):
+class GroupsConfig(_Section, frozen=True, kw_only=True):
     """When a group's baseline closes."""
 
     close: Literal["all", "quorum"] = "all"
-    """``all``: when every member has ended or was given up; ``quorum``: when ``quorum_members`` have, after ``after_s``."""
+    """``all``: when every member has ended or was given up; ``quorum``: when ``quorum_members`` have, after
+    ``after_s``."""
     quorum_members: Positive = 1
     """Members needed for ``quorum``."""
     after_s: NonNegative = 0.0
@@ -223,7 +228,7 @@ class GroupsConfig(_Section):
     """A lifecycle that has not ended this long after its lease is given up (``deadline``)."""
 
 
-class CreditAssignmentConfig(_Section):
+class CreditAssignmentConfig(_Section, frozen=True, kw_only=True):
     """Returns, baselines and re-weighting."""
 
     style: Literal["mean", "sliding_window_mean", "discounted"] = "mean"
@@ -244,11 +249,12 @@ class CreditAssignmentConfig(_Section):
     """Reproduce the reference's coarse bisection instead of the exact root."""
 
 
-class LossConfig(_Section):
+class LossConfig(_Section, frozen=True, kw_only=True):
     """The token loss."""
 
     clip: Literal["one_side", "ppo", "none"] = "one_side"
-    """``one_side``: the paper's mask without importance weight; ``ppo``: clipped ratio; ``none``: policy gradient."""
+    """``one_side``: the paper's mask without importance weight; ``ppo``: clipped ratio; ``none``: policy
+    gradient."""
     eps_low: NonNegative = 0.2
     eps_high: NonNegative = 0.2
     """Clip range of the ratio current / behaviour."""
@@ -260,7 +266,7 @@ class LossConfig(_Section):
     """Weight of the sampled k3 divergence to the starting model; 0 skips the reference pass."""
 
 
-class LearnerConfig(_Section):
+class LearnerConfig(_Section, frozen=True, kw_only=True):
     """The optimiser step."""
 
     groups_per_step: Positive = 16
@@ -285,7 +291,7 @@ class LearnerConfig(_Section):
     """Older ones are deleted, the newest and the first are kept."""
 
 
-class WeightsConfig(_Section):
+class WeightsConfig(_Section, frozen=True, kw_only=True):
     """Publication of policy versions."""
 
     publish_every_steps: Positive = 1
@@ -294,7 +300,7 @@ class WeightsConfig(_Section):
     """Published versions kept on disk."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(_Section, frozen=True, kw_only=True):
     """Evaluation before and after training."""
 
     num_packs: Positive = 256
@@ -305,7 +311,7 @@ class EvaluationConfig(_Section):
     """Whether ``train`` evaluates before and after."""
 
 
-class ObserveConfig(_Section):
+class ObserveConfig(_Section, frozen=True, kw_only=True):
     """What is written for people."""
 
     has_tensorboard: bool = True
@@ -318,7 +324,7 @@ class ObserveConfig(_Section):
     """Lifecycles written as readable Markdown at the end."""
 
 
-class Config(_Section):
+class Config(_Section, frozen=True, kw_only=True):
     """The whole configuration of a run."""
 
     environments: tuple[EnvironmentConfig, ...]

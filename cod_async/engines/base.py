@@ -72,7 +72,10 @@ class EngineCounters(msgspec.Struct, kw_only=True):
 class Engine(Protocol):
     """A text generator over token ids. All methods are called from one asyncio loop."""
 
-    counters: EngineCounters
+    @property
+    def counters(self) -> EngineCounters:
+        """The engine's counters, live."""
+        ...
 
     @property
     def version(self) -> Version:

@@ -1,7 +1,7 @@
 """A published policy version: what it is called, what it must hash to, and where its bytes are.
 
-A version exists from the moment its manifest is durable. Manifests are small, are sent to every actor, and never
-contain absolute paths: shards are resolved inside the run folder by whoever loads them.
+A version exists from the moment its manifest is durable. Manifests are small, are sent to every actor, and
+never contain absolute paths: shards are resolved inside the run folder by whoever loads them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         run: run id.
         version: (lineage, step).
-        digest: SHA-256 over (name, dtype, shape, bytes) of all tensors in name order; equal digests mean equal weights,
-            also across lineages.
+        digest: SHA-256 over (name, dtype, shape, bytes) of all tensors in name order; equal digests mean
+            equal weights, also across lineages.
         shards: files, relative to the run folder.
     """
 

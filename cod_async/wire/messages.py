@@ -1,8 +1,8 @@
 """Every message, grouped by who receives it.
 
-Messages are msgspec structs, encoded as MessagePack maps with a ``type`` tag; unknown fields are refused. What changes
-state is idempotent: segments carry a sequence number and a key, requests carry an id, and a repeated request gets the
-same answer. Nothing here touches a socket.
+Messages are msgspec structs, encoded as MessagePack maps with a ``type`` tag; unknown fields are refused.
+What changes state is idempotent: segments carry a sequence number and a key, requests carry an id, and a
+repeated request gets the same answer. Nothing here touches a socket.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cod_async.weights.manifest import Manifest
 
 PROTOCOL_VERSION = 1
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Text = Annotated[str, Meta(max_length=4096)]
 Role = Literal["actor", "learner", "observer"]
@@ -42,13 +42,16 @@ class LeaseRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease_epoch: Count
 
 
-# ------------------------------------------------------------------------------------------- received by the coordinator
+# -------------------------------------------------------------------------------- received by the coordinator
 
 
-class Hello(_Message, tag="hello"):
+class Hello(_Message, frozen=True, tag="hello"):
     """First message of every connection; the coordinator answers Welcome or Refused.
 
-    ``session`` is 0 for a new client, or the session epoch it had before a lost connection.
+    ``session`` is 0 for a new client, or the session epoch it had before a lost connection. ``instance`` is
+    drawn at random by each client process, so that a repeated Hello and a restarted process with the same
+    pid are told apart. The last three let a restarted coordinator go on with a session: the highest sequence
+    number used in it, those not yet acknowledged, and the total bytes of those that are.
     """
 
     role: Role
@@ -57,31 +60,39 @@ class Hello(_Message, tag="hello"):
     pid: Count
     host: Text
     session: Count = 0
+    instance: Count = 0
+    last_seq: Count = 0
+    unacked: list[Count] = []
+    settled_bytes: Count = 0
 
 
-class Heartbeat(_Message, tag="heartbeat"):
-    """I live. ``counters`` are monotonic within the session; ``held`` are the leases the client believes it holds."""
+class Heartbeat(_Message, frozen=True, tag="heartbeat"):
+    """I live. ``counters`` are monotonic within the session; ``held`` are the leases the client believes it
+    holds.
+    """
 
     counters: dict[str, float] = {}
     engine_version: Version | None = None
     held: list[LeaseRef] = []
 
 
-class LeaseRequest(_Message, tag="lease_request"):
-    """Give me up to ``num_lifecycles`` lifecycles; answered by Leases with the same ``request``, maybe empty."""
+class LeaseRequest(_Message, frozen=True, tag="lease_request"):
+    """Give me up to ``num_lifecycles`` lifecycles; answered by Leases with the same ``request``, maybe
+    empty.
+    """
 
     request: Count
     num_lifecycles: Count
 
 
-class SegmentData(_Message, tag="segment"):
+class SegmentData(_Message, frozen=True, tag="segment"):
     """One sealed segment; acknowledged by ``seq`` after commit, resent until then."""
 
     seq: Count
     segment: Segment
 
 
-class LeaseReturn(_Message, tag="lease_return"):
+class LeaseReturn(_Message, frozen=True, tag="lease_return"):
     """The actor gives a lifecycle back unfinished (``infrastructure``, ``draining``)."""
 
     lease: LeaseRef
@@ -89,10 +100,11 @@ class LeaseReturn(_Message, tag="lease_return"):
     detail: Text = ""
 
 
-class OpenLineage(_Message, tag="open_lineage"):
+class OpenLineage(_Message, frozen=True, tag="open_lineage"):
     """The learner starts or restarts from a checkpoint at ``branch``; answered by LineageOpened.
 
-    ``trained_digest`` is the digest of the trained-set that the checkpoint holds; ``nonce`` makes it idempotent.
+    ``trained_digest`` is the digest of the trained-set that the checkpoint holds; ``nonce`` makes it
+    idempotent.
     """
 
     branch: Version | None
@@ -100,27 +112,29 @@ class OpenLineage(_Message, tag="open_lineage"):
     nonce: str
 
 
-class StepRequest(_Message, tag="step_request"):
+class StepRequest(_Message, frozen=True, tag="step_request"):
     """Give me the batch of optimiser step ``version.step`` (the step that turns version s into s+1)."""
 
     version: Version
 
 
-class StepDone(_Message, tag="step_done"):
-    """The optimiser step from ``version`` was taken on the plan with ``plan_digest``; answered by StepRecorded."""
+class StepDone(_Message, frozen=True, tag="step_done"):
+    """The optimiser step from ``version`` was taken on the plan with ``plan_digest``; answered by
+    StepRecorded.
+    """
 
     version: Version
     plan_digest: str
     metrics: dict[str, float]
 
 
-class Published(_Message, tag="published"):
+class Published(_Message, frozen=True, tag="published"):
     """A policy version is durable and may be used; answered by PublishRecorded."""
 
     manifest: Manifest
 
 
-class Checkpointed(_Message, tag="checkpointed"):
+class Checkpointed(_Message, frozen=True, tag="checkpointed"):
     """A checkpoint of ``version`` is durable at ``path`` (relative to the run folder)."""
 
     version: Version
@@ -129,14 +143,14 @@ class Checkpointed(_Message, tag="checkpointed"):
     trained_digest: Text
 
 
-class Finished(_Message, tag="finished"):
+class Finished(_Message, frozen=True, tag="finished"):
     """The learner has taken its last step; the run is over."""
 
     version: Version
     reason: Text
 
 
-class Bye(_Message, tag="bye"):
+class Bye(_Message, frozen=True, tag="bye"):
     """Clean end of a session with final counters; nothing follows."""
 
     counters: dict[str, float] = {}
@@ -158,13 +172,14 @@ ToCoordinator = (
 )
 
 
-# --------------------------------------------------------------------------------------------- received by every client
+# ----------------------------------------------------------------------------------- received by every client
 
 
-class Welcome(_Message, tag="welcome"):
+class Welcome(_Message, frozen=True, tag="welcome"):
     """Accepted; ``session`` is this client's session epoch, unique within the run.
 
-    ``is_continued`` says that the previous session still stands: leases are kept, unacknowledged segments are resent.
+    ``is_continued`` says that the previous session still stands: leases are kept, unacknowledged segments
+    are resent.
     """
 
     session: Count
@@ -176,10 +191,12 @@ class Welcome(_Message, tag="welcome"):
     manifest: Manifest | None
 
 
-class Refused(_Message, tag="refused"):
+class Refused(_Message, frozen=True, tag="refused"):
     """A message was refused. With ``is_fatal`` the client must stop; otherwise ``code`` says what to do.
 
-    ``session_expired``: say Hello again with session 0. ``protocol``: wrong protocol version (both named in detail).
+    ``session_expired``: say Hello again with session 0. ``hello_first``: say Hello again with the session
+    you have. ``session_replaced`` (fatal): another process has your name. ``protocol`` (fatal): wrong
+    protocol version, both named in detail. All codes are listed in :mod:`cod_async.wire.codec`.
     """
 
     code: Name
@@ -187,17 +204,17 @@ class Refused(_Message, tag="refused"):
     is_fatal: bool = False
 
 
-class Pong(_Message, tag="pong"):
+class Pong(_Message, frozen=True, tag="pong"):
     """Answer to a heartbeat."""
 
 
-class Stop(_Message, tag="stop"):
+class Stop(_Message, frozen=True, tag="stop"):
     """The run ends: seal what is finished, deliver it, say Bye and exit."""
 
     reason: Text
 
 
-# ------------------------------------------------------------------------------------------------- received by an actor
+# --------------------------------------------------------------------------------------- received by an actor
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -224,14 +241,14 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     state: LifecycleState | None = None
 
 
-class Leases(_Message, tag="leases"):
+class Leases(_Message, frozen=True, tag="leases"):
     """Answer to LeaseRequest; an empty list means: ask again later."""
 
     request: Count
     leases: list[Lease]
 
 
-class Ack(_Message, tag="ack"):
+class Ack(_Message, frozen=True, tag="ack"):
     """These sequence numbers are settled: committed, or dropped for good with the reason in ``dropped``.
 
     Credit is cumulative over the session: the actor may have sent up to ``credit_segments`` segments and
@@ -244,14 +261,14 @@ class Ack(_Message, tag="ack"):
     dropped: dict[str, str] = {}
 
 
-class Fence(_Message, tag="fence"):
+class Fence(_Message, frozen=True, tag="fence"):
     """These leases are no longer yours: stop playing them, drop what is not sent."""
 
     leases: list[LeaseRef]
     reason: Name
 
 
-class NewVersion(_Message, tag="new_version"):
+class NewVersion(_Message, frozen=True, tag="new_version"):
     """A policy version was published; load it when your mode says so."""
 
     manifest: Manifest
@@ -260,7 +277,7 @@ class NewVersion(_Message, tag="new_version"):
 ToActor = Welcome | Refused | Pong | Stop | Leases | Ack | Fence | NewVersion
 
 
-# ------------------------------------------------------------------------------------------------ received by a learner
+# -------------------------------------------------------------------------------------- received by a learner
 
 
 class TrainItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -282,10 +299,11 @@ class TrainItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     lag_steps: float
 
 
-class StepBatch(_Message, tag="step_batch"):
+class StepBatch(_Message, frozen=True, tag="step_batch"):
     """Part ``part`` of ``num_parts`` of the batch of a step; items are sorted by key over all parts.
 
-    ``plan_digest`` is SHA-256 over the sorted keys, lease epochs and advantages: the same plan, the same digest.
+    ``plan_digest`` is SHA-256 over the sorted keys, lease epochs and advantages: the same plan, the same
+    digest.
     """
 
     version: Version
@@ -295,7 +313,7 @@ class StepBatch(_Message, tag="step_batch"):
     items: list[TrainItem]
 
 
-class LineageOpened(_Message, tag="lineage_opened"):
+class LineageOpened(_Message, frozen=True, tag="lineage_opened"):
     """The learner works on ``lineage`` from now on, starting at step ``step``."""
 
     nonce: str
@@ -304,14 +322,14 @@ class LineageOpened(_Message, tag="lineage_opened"):
     num_rolled_back: Count
 
 
-class StepRecorded(_Message, tag="step_recorded"):
+class StepRecorded(_Message, frozen=True, tag="step_recorded"):
     """The step's segments are marked trained; ``should_stop`` asks the learner to checkpoint and finish."""
 
     version: Version
     should_stop: bool = False
 
 
-class PublishRecorded(_Message, tag="publish_recorded"):
+class PublishRecorded(_Message, frozen=True, tag="publish_recorded"):
     """Answer to Published and Checkpointed."""
 
     version: Version

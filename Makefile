@@ -1,0 +1,68 @@
+# Every target sets up .venv by itself, once: `make quickstart` and `make test` work in a fresh clone.
+#
+#   PYTHON=python3.12 make test        choose the interpreter (3.11 or 3.12)
+#   PIP_ARGS=...                       more arguments for pip, for example an index with CPU-only torch
+
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3 python,$(if $(shell command -v $(name) 2>/dev/null),$(name))))
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+# Rounds of each fault in `make faults`; the continuous integration uses fewer.
+FAULT_ROUNDS ?= 20
+SOAK_S ?= 3600
+STAMP := $(VENV)/.installed
+
+# Two OpenMP threads per process on busy cores are many times slower than one.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint types format faults soak bench clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## make .venv with pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "no python found: install Python 3.11 or 3.12, or set PYTHON=/path/to/python" >&2; exit 2; fi
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but this project needs Python 3.11 or 3.12: set PYTHON=python3.11" >&2; exit 2; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { \
+	  echo "cannot make $(VENV): on Debian and Ubuntu install the package python3-venv" >&2; exit 2; }
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+quickstart: $(STAMP) ## train a tiny model through the whole pipeline on a CPU and draw the curve
+	$(BIN)/cod train configs/quickstart.toml \
+	  --name "$$([ -e runs/quickstart ] && date +quickstart-%Y%m%d-%H%M%S || echo quickstart)"
+
+test: $(STAMP) ## run the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style, names, docstrings and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell $$(git ls-files 2>/dev/null || echo cod_async kernels tests configs)
+
+types: $(STAMP) ## check types
+	$(BIN)/mypy cod_async kernels/cod_kernels
+
+format: $(STAMP) ## rewrite files in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+faults: $(STAMP) ## kill -9 everything, FAULT_ROUNDS times each, and check that nothing is lost or trained twice
+	COD_FAULT_ROUNDS=$(FAULT_ROUNDS) $(BIN)/python -m pytest tests/faults -m fault --timeout 7200 $(PYTEST_ARGS)
+
+soak: $(STAMP) ## kill a random process every few seconds for SOAK_S seconds
+	COD_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest tests/faults -m fault -k soak --timeout 0 $(PYTEST_ARGS)
+
+bench: $(STAMP) ## measure speed side by side and print ratios
+	@for script in bench/*/*.py; do case $$script in *__init__.py) ;; *) \
+	  echo "== $$script"; name=$${script%.py}; $(BIN)/python -m $${name//\//.} || exit 1;; esac; done
+
+clean: ## remove .venv and caches, keep runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

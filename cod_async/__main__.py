@@ -1,0 +1,7 @@
+"""``python -m cod_async`` is ``cod``."""
+
+import sys
+
+from cod_async.cli import main
+
+sys.exit(main())

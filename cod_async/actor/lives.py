@@ -1,0 +1,187 @@
+"""One leased lifecycle on an actor: play, deliver, stay at most one episode ahead of the acknowledgements.
+
+A :class:`Life` owns its environment and its place in the lifecycle. It retries an episode that failed as
+infrastructure from the last sealed state with a fresh environment, and gives the lease back when retrying
+does not help. It never scores a failure that was not the policy's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from cod_async.actor.meter import Meter, MeteredEngine
+from cod_async.config.schema import Config
+from cod_async.engines.base import Engine
+from cod_async.envs import registry
+from cod_async.envs.base import Environment, TaskSpec
+from cod_async.errors import InfrastructureError, InputError
+from cod_async.lifecycle.rendering import Renderer
+from cod_async.lifecycle.rollout import LifecycleSpec, initial_state, play
+from cod_async.lifecycle.segment import LifecycleState, Segment, Version
+from cod_async.wire.messages import Lease
+
+
+class Delivery(Protocol):
+    """Where sealed segments go."""
+
+    async def deliver(self, segment: Segment) -> asyncio.Future[str | None]:
+        """Put a segment into the outbox, waiting for room; the future settles with None or the drop
+        reason.
+        """
+        ...
+
+
+class LifeOver(Exception):
+    """The coordinator dropped one of this lifecycle's segments: whatever follows would be dropped as well."""
+
+
+class Life:
+    """A lifecycle under a lease.
+
+    Args:
+        lease: what to play.
+        config: the run's configuration.
+        run, actor: identity copied into segments.
+        engine: the actor's shared engine.
+        meter: the actor's counts.
+        renderer: the model's template family.
+        delivery: where sealed segments go.
+        wait_for_version: returns once the engine is at the given version or newer.
+    """
+
+    def __init__(
+        self,
+        lease: Lease,
+        *,
+        config: Config,
+        run: str,
+        actor: str,
+        engine: Engine,
+        meter: Meter,
+        renderer: Renderer,
+        delivery: Delivery,
+        wait_for_version: Callable[[Version], Awaitable[None]],
+    ) -> None:
+        self.lease = lease
+        self._config = config
+        self._engine = MeteredEngine(engine, meter)
+        self._renderer = renderer
+        self._delivery = delivery
+        self._wait_for_version = wait_for_version
+        self._previous: asyncio.Future[str | None] | None = None
+        self._latest: asyncio.Future[str | None] | None = None
+        self._spec = LifecycleSpec(
+            run=run,
+            group=lease.ref.group,
+            member=lease.ref.member,
+            lease_epoch=lease.ref.lease_epoch,
+            actor=actor,
+            tasks=_tasks(lease),
+            sampling_seed=lease.sampling_seed,
+        )
+
+    async def run(self) -> None:
+        """Play the lifecycle to its end.
+
+        Raises:
+            LifeOver: the coordinator dropped a segment (fenced, stale, group closed).
+            InfrastructureError: an episode kept failing after ``actors.max_retries`` retries.
+            InputError: the lease cannot be played at all with this configuration.
+        """
+        state = self.lease.state
+        num_failures = 0
+        try:
+            while True:
+                try:
+                    await self._play(state)
+                    return
+                except _EpisodeFailed as failure:
+                    self._engine.discard("infrastructure")
+                    num_failures = 1 if failure.has_progressed else num_failures + 1
+                    if num_failures > self._config.actors.max_retries:
+                        raise InfrastructureError(str(failure.__cause__)) from failure
+                    state = failure.state
+        finally:
+            self._engine.discard("cancelled")
+
+    async def _play(self, state: LifecycleState | None) -> None:
+        """Play from ``state``, remembering where a failure struck."""
+        has_progressed = False
+        try:
+            environment = _make_environment(self._spec.tasks[0])
+            if state is None:
+                state = initial_state(environment)
+            episodes = play(
+                self._spec,
+                state,
+                engine=self._engine,
+                environment=environment,
+                renderer=self._renderer,
+                config=self._config.lifecycle,
+                temperature=self._config.engine.temperature,
+                top_p=self._config.engine.top_p,
+                max_context_tokens=self._config.model.max_context_tokens,
+                before_episode=self._before_episode,
+            )
+            async for segment in episodes:
+                self._engine.seal(segment)
+                state, has_progressed = segment.state_after, True
+                self._previous, self._latest = self._latest, await self._delivery.deliver(segment)
+        except InfrastructureError as error:
+            raise _EpisodeFailed(state, has_progressed) from error
+
+    async def _before_episode(self, ordinal: int) -> None:
+        """Hold the next episode until the segment before the last is settled and the engine is new enough."""
+        if self._previous is not None:
+            reason = await asyncio.shield(self._previous)
+            if reason is not None:
+                raise LifeOver(reason)
+        await self._wait_for_version(self.lease.min_version)
+
+
+class _EpisodeFailed(Exception):
+    """An episode failed as infrastructure; ``state`` is where to try again."""
+
+    def __init__(self, state: LifecycleState | None, has_progressed: bool) -> None:
+        super().__init__()
+        self.state = state
+        self.has_progressed = has_progressed
+
+
+def _tasks(lease: Lease) -> tuple[TaskSpec, ...]:
+    """Return the lease's pack.
+
+    Raises:
+        InputError: options or records are not JSON objects.
+    """
+    options = json.loads(lease.options_json)
+    records = [json.loads(text) for text in lease.records_json]
+    if (
+        not isinstance(options, dict)
+        or not records
+        or not all(isinstance(record, dict) for record in records)
+    ):
+        raise InputError(
+            f"lease {lease.ref}: options and records must be JSON objects, and there must be records"
+        )
+    return tuple(
+        TaskSpec(
+            environment=lease.environment,
+            preset=lease.preset,
+            options=options,
+            record=record,
+            pack_seed=lease.pack_seed,
+            position=position,
+            pack_size=len(records),
+        )
+        for position, record in enumerate(records)
+    )
+
+
+def _make_environment(task: TaskSpec) -> Environment:
+    """Return a fresh environment for a pack."""
+    spec = registry.get(task.environment)
+    return spec.make(spec.options(task.preset, task.options))

@@ -1,0 +1,355 @@
+"""The actor process: an engine, many lifecycles, one link.
+
+Everything runs in one asyncio loop: the engine's steps, the lifecycles that wait for its completions, and
+the messages that the link's I/O thread hands over. The worker asks for leases while it has room, plays them
+(:mod:`cod_async.actor.lives`), delivers what is sealed, takes up new policy versions as they are announced,
+and leaves
+cleanly: what is sealed is delivered, the rest is returned or counted as discarded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cod_async.actor.lives import Life, LifeOver
+from cod_async.actor.meter import Meter
+from cod_async.config.load import load_resolved
+from cod_async.config.schema import Config
+from cod_async.engines.base import Engine
+from cod_async.errors import (
+    CodError,
+    EngineClosedError,
+    InfrastructureError,
+    InputError,
+    ProtocolRefusedError,
+    WeightsError,
+)
+from cod_async.lifecycle.rendering import Renderer, load_renderer
+from cod_async.lifecycle.segment import Segment, Version
+from cod_async.transport.address import address_source
+from cod_async.transport.async_client import AsyncClient
+from cod_async.transport.link import ACKED
+from cod_async.weights.manifest import Manifest
+from cod_async.wire.client_session import FENCED_BEFORE_SEND
+from cod_async.wire.messages import (
+    Bye,
+    Fence,
+    Heartbeat,
+    Lease,
+    LeaseRef,
+    LeaseRequest,
+    LeaseReturn,
+    NewVersion,
+    Refused,
+    Stop,
+    ToClient,
+    Welcome,
+)
+
+log = logging.getLogger(__name__)
+
+
+class ActorWorker:
+    """One actor.
+
+    Args:
+        config: the run's configuration.
+        run: run id.
+        name: this actor's name, unique in the run.
+        engine: generates; owned by the worker from now on.
+        renderer: the model's template family.
+        addresses: where the coordinator is, see :mod:`cod_async.transport.address`.
+
+    Make it inside a running asyncio loop.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: str,
+        name: str,
+        engine: Engine,
+        renderer: Renderer,
+        addresses: Callable[[], str | None],
+    ) -> None:
+        self._config = config
+        self._run = run
+        self._name = name
+        self._engine = engine
+        self._renderer = renderer
+        self._client = AsyncClient(
+            addresses,
+            "actor",
+            name,
+            run,
+            config.transport,
+            self._receive,
+            max_outbox_segments=config.actors.max_outbox_segments,
+        )
+        self._meter = Meter(engine)
+        self._report = Heartbeat()
+        self._lives: dict[LeaseRef, asyncio.Task[None]] = {}
+        self._outbox: dict[int, Segment] = {}
+        self._has_version = asyncio.Event()
+        self._wanted: Manifest | None = None
+        self._is_version_wanted = asyncio.Event()
+        self._is_stopping = asyncio.Event()
+        self._stop_reason = ""
+        self._failure: CodError | None = None
+        self._request = 0
+
+    # -------------------------------------------------------------------------------------------- the process
+
+    async def run(self) -> int:
+        """Work until the run ends or the process is told to stop; return the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, "signal")
+        self._client.set_heartbeat(lambda: self._report)
+        self._client.start()
+        work = (self._take_versions, self._take_leases, self._refresh_report)
+        tasks = [asyncio.create_task(coroutine()) for coroutine in work]
+        stopping = asyncio.create_task(self._is_stopping.wait())
+        try:
+            await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()  # these never return; whatever ended one ends the actor
+            await self._leave()
+        finally:
+            for task in (stopping, *tasks):
+                task.cancel()
+            await asyncio.gather(stopping, *tasks, return_exceptions=True)
+            await self._engine.aclose()
+        if self._failure is not None:
+            raise self._failure
+        return 0
+
+    def _stop(self, reason: str) -> None:
+        log.info("stopping: %s", reason)
+        self._stop_reason = self._stop_reason or reason
+        self._is_stopping.set()
+
+    async def _leave(self) -> None:
+        """Stop playing, deliver what is sealed within the grace time, and say goodbye."""
+        held = list(self._lives)
+        await self._cancel(held)
+        if self._failure is not None and isinstance(self._failure, ProtocolRefusedError):
+            await self._client.close()
+            return
+        if self._stop_reason == "signal":
+            for ref in held:
+                self._client.send(LeaseReturn(lease=ref, reason="draining"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.run.grace_s / 3):
+                while self._outbox:
+                    await asyncio.sleep(0.02)
+        for segment in self._outbox.values():
+            self._meter.discarded_segment(segment, "undelivered")
+        self._outbox.clear()
+        await self._client.close(Bye(counters=self._counters()), drain_s=1.0)
+
+    # ------------------------------------------------------------------------------------- messages that come
+
+    def _receive(self, message: ToClient) -> None:
+        """Handle a message; runs in the loop."""
+        match message:
+            case Welcome():
+                if not message.is_continued:  # the coordinator has given our leases away
+                    self._cancel_soon(list(self._lives))
+                if message.manifest is not None:
+                    self._want(message.manifest)
+            case NewVersion():
+                self._want(message.manifest)
+            case Fence():
+                self._cancel_soon([ref for ref in message.leases if ref in self._lives])
+            case Stop():
+                self._stop(message.reason)
+            case Refused(is_fatal=True):
+                self._failure = ProtocolRefusedError(message.code, message.detail)
+                self._stop("refused")
+            case _:
+                pass
+
+    # --------------------------------------------------------------------------------------------- lifecycles
+
+    async def _take_leases(self) -> None:
+        """Ask for lifecycles while there is room for more."""
+        limit = self._config.actors.lifecycles_per_process
+        while True:
+            num_wanted = limit - len(self._lives)
+            if num_wanted <= 0:
+                await asyncio.wait(list(self._lives.values()), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.sleep(0)  # let finished lives take themselves off the list
+                continue
+            self._request += 1
+            request = LeaseRequest(request=self._request, num_lifecycles=num_wanted)
+            reply = await self._client.request(request)
+            for lease in reply.leases:
+                self._begin(lease)
+
+    def _begin(self, lease: Lease) -> None:
+        if lease.ref in self._lives or self._is_stopping.is_set():
+            return
+        task = asyncio.create_task(self._live(lease), name=f"life {lease.ref}")
+        self._lives[lease.ref] = task
+        task.add_done_callback(lambda _: self._lives.pop(lease.ref, None))
+
+    async def _live(self, lease: Lease) -> None:
+        """Play one lease; whatever goes wrong is the lease's fate, not the actor's."""
+        ref = lease.ref
+        try:
+            life = Life(
+                lease,
+                config=self._config,
+                run=self._run,
+                actor=self._name,
+                engine=self._engine,
+                meter=self._meter,
+                renderer=self._renderer,
+                delivery=self,
+                wait_for_version=self._wait_for_version,
+            )
+            await life.run()
+        except LifeOver as over:
+            log.info("lifecycle g%d.m%d e%d ended early: %s", ref.group, ref.member, ref.lease_epoch, over)
+        except EngineClosedError:
+            pass
+        except (InfrastructureError, InputError) as error:
+            log.warning("lifecycle g%d.m%d e%d given back: %s", ref.group, ref.member, ref.lease_epoch, error)
+            self._client.send(LeaseReturn(lease=ref, reason="infrastructure", detail=str(error)[:4096]))
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.exception("lifecycle g%d.m%d e%d failed", ref.group, ref.member, ref.lease_epoch)
+            self._failure = CodError(f"actor {self._name}: {type(error).__name__}: {error}")
+            self._stop("failure")
+
+    def _cancel_soon(self, refs: list[LeaseRef]) -> None:
+        for ref in refs:
+            self._lives[ref].cancel()
+
+    async def _cancel(self, refs: list[LeaseRef]) -> None:
+        tasks = [self._lives[ref] for ref in refs if ref in self._lives]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def deliver(self, segment: Segment) -> asyncio.Future[str | None]:
+        """Put a sealed segment into the outbox; at its ceiling, wait. See
+        :class:`cod_async.actor.lives.Delivery`.
+
+        Cancellation while waiting for room counts the segment as discarded.
+        """
+        try:
+            outbox_id = await self._client.send_segment(segment)
+        except asyncio.CancelledError:
+            self._meter.discarded_segment(segment, "cancelled")
+            raise
+        self._outbox[outbox_id] = segment
+        return asyncio.create_task(self._settle(outbox_id))
+
+    async def _settle(self, outbox_id: int) -> str | None:
+        """Wait until a segment is committed (None) or dropped (the reason), and take it off the outbox."""
+        try:
+            reason = await self._client.wait_settled(outbox_id)
+        except CodError as error:
+            return str(error)
+        segment = self._outbox.pop(outbox_id, None)
+        if segment is not None and reason == FENCED_BEFORE_SEND:
+            self._meter.discarded_segment(segment, reason)
+        return None if reason == ACKED else reason
+
+    # ----------------------------------------------------------------------------------------------- versions
+
+    def _want(self, manifest: Manifest) -> None:
+        """Note the newest announced version; the loader coalesces bursts."""
+        self._wanted = manifest
+        self._is_version_wanted.set()
+
+    async def _take_versions(self) -> None:
+        """Load announced versions, newest first; a version that is gone is skipped for a newer one."""
+        while True:
+            await self._is_version_wanted.wait()
+            self._is_version_wanted.clear()
+            manifest = self._wanted
+            if manifest is None or manifest.version == self._engine.version:
+                self._has_version.set()
+                continue
+            try:
+                await self._engine.update_weights(manifest)
+            except WeightsError as error:
+                log.warning("version %s not taken: %s", manifest.version, error)
+                if self._wanted is manifest:
+                    await asyncio.sleep(0.2)
+                    self._is_version_wanted.set()
+                continue
+            old, self._has_version = self._has_version, asyncio.Event()
+            old.set()
+
+    async def _wait_for_version(self, version: Version) -> None:
+        """Return once the engine is at ``version`` or newer."""
+        while self._engine.version < version:
+            changed = self._has_version
+            if changed.is_set():  # set before any version was loaded
+                self._has_version = changed = asyncio.Event()
+            if self._engine.version >= version:
+                return
+            await changed.wait()
+
+    # --------------------------------------------------------------------------------------------- heartbeats
+
+    def _counters(self) -> dict[str, float]:
+        return self._meter.counters(
+            outbox_segments=len(self._outbox),
+            outbox_tokens=sum(segment.num_action_tokens for segment in self._outbox.values()),
+        )
+
+    async def _refresh_report(self) -> None:
+        """Keep the next heartbeat fresh: made in the loop, between two awaits, so that its counts agree."""
+        while True:
+            self._report = Heartbeat(
+                counters=self._counters(), engine_version=self._engine.version, held=list(self._lives)
+            )
+            await asyncio.sleep(self._config.transport.heartbeat_s / 2)
+
+
+def run_actor(run_dir: Path, name: str) -> int:
+    """Run an actor of the run in ``run_dir`` until the run ends.
+
+    Args:
+        run_dir: run folder; ``config.json`` and ``model/`` must exist.
+        name: unique name, for example ``actor-0``.
+
+    Raises:
+        InputError: the run folder is not one, or its model cannot be loaded.
+        ProtocolRefusedError: the coordinator speaks another protocol or serves another run.
+    """
+    import torch
+
+    from cod_async.engines.embedded import load_engine
+
+    config = load_resolved(run_dir)
+    if config.engine.kind != "embedded":
+        raise InputError(f"engine.kind is {config.engine.kind!r}; this version plays with 'embedded' only")
+    torch.set_num_threads(config.engine.num_threads)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+
+    async def work() -> int:
+        engine = load_engine(
+            run_dir / "model",
+            config.engine,
+            max_context_tokens=config.model.max_context_tokens,
+            run_dir=run_dir,
+        )
+        renderer = load_renderer(run_dir / "model", config.model.renderer)
+        run, addresses = config.run.name, address_source(run_dir)
+        return await ActorWorker(config, run, name, engine, renderer, addresses).run()
+
+    return asyncio.run(work())

@@ -1,0 +1,3 @@
+"""What the sub-commands of ``cod`` do, apart from reading flags: each module is imported when its command
+runs.
+"""

@@ -1,0 +1,204 @@
+"""``cod eval``: reward by position of any model or run, with the hint as it is, blanked, swapped or true."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+
+from cod_async.commands.output import print_json
+from cod_async.config import load_config, load_resolved
+from cod_async.config.check import check
+from cod_async.config.load import apply_overrides
+from cod_async.config.schema import Config
+from cod_async.errors import InputError
+
+
+def run_eval(
+    source: Path,
+    *,
+    configs: Sequence[Path],
+    overrides: Sequence[str],
+    environment: str | None,
+    preset: str | None,
+    splits: Sequence[str],
+    controls: Sequence[str],
+    num_packs: int | None,
+    lifecycles: int | None,
+    step: int | None,
+    seed: int,
+    num_processes: int,
+    is_json: bool,
+) -> int:
+    """Do what ``cod eval`` was asked for and return the exit code."""
+    config = _configuration(source, configs, overrides, environment, preset)
+    problems = [
+        *check(config, for_train=False),
+        *_flag_problems(splits, controls, num_packs, lifecycles, num_processes),
+    ]
+    is_run = (source / "config.json").is_file() and not _is_model(source)
+    if not is_run and not _is_model(source):
+        problems.append(f"{source}: neither a run folder nor a Hugging Face model directory")
+    if step is not None and not is_run:
+        problems.append(
+            f"--step {step}: {source} is a model directory, which has one version only; leave it out"
+        )
+    if problems:
+        raise InputError(problems)
+    with tempfile.TemporaryDirectory(prefix="cod-eval-") as temporary:
+        if is_run:
+            from cod_async.launch.export import export_model
+
+            model_dir = Path(temporary) / "model"
+            label = str(export_model(source, model_dir, step))
+        else:
+            model_dir, label = source, source.name
+        answer = _evaluate(
+            model_dir, label, config, splits, controls, num_packs, lifecycles, seed, num_processes
+        )
+    if is_json:
+        print_json(answer)
+    else:
+        _print(answer)
+    return 0
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
+
+
+def _configuration(
+    source: Path,
+    configs: Sequence[Path],
+    overrides: Sequence[str],
+    environment: str | None,
+    preset: str | None,
+) -> Config:
+    """Take the settings from files, from the run, or (for a bare model) from the environment's defaults."""
+    extra = list(overrides)
+    if environment is not None:
+        from cod_async.envs import registry
+
+        spec = registry.get(environment)
+        chosen = preset or spec.default_preset
+        extra.append(f'environments=[{{name="{environment}", preset="{chosen}"}}]')
+        if not configs and _is_model(source):
+            extra.insert(0, f"lifecycle.pack_size={spec.default_pack_size}")
+    elif preset is not None:
+        raise InputError(f"--preset {preset}: needs --environment as well")
+    if configs:
+        return load_config(configs, extra)
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder; give a run folder or a model directory")
+    if not _is_model(source):
+        return apply_overrides(load_resolved(source), extra)
+    if environment is None:
+        raise InputError(
+            f"{source} is a model directory; say on what to evaluate it, by --config FILE or --environment "
+            "NAME"
+        )
+    return load_config([], extra)
+
+
+def _flag_problems(
+    splits: Sequence[str],
+    controls: Sequence[str],
+    num_packs: int | None,
+    lifecycles: int | None,
+    num_processes: int,
+) -> list[str]:
+    from cod_async.evaluate.deploy import CONTROLS, SPLITS
+
+    problems = []
+    for flag, given, known in (("--split", splits, SPLITS), ("--control", controls, CONTROLS)):
+        problems += [
+            f"{flag} {value}: unknown; choose from {', '.join(known)}"
+            for value in given
+            if value not in known
+        ]
+    for name, number in (
+        ("--packs", num_packs),
+        ("--lifecycles", lifecycles),
+        ("--processes", num_processes),
+    ):
+        if number is not None and number < 1:
+            problems.append(f"{name} {number}: must be at least 1")
+    return problems
+
+
+def _evaluate(
+    model_dir: Path,
+    label: str,
+    config: Config,
+    splits: Sequence[str],
+    controls: Sequence[str],
+    num_packs: int | None,
+    lifecycles: int | None,
+    seed: int,
+    num_processes: int,
+) -> dict[str, Any]:
+    from cod_async.evaluate.deploy import Control, EvaluationRequest, Split
+    from cod_async.evaluate.jobs import EvaluationJob, run_jobs
+    from cod_async.evaluate.report import report_to_json, suite
+
+    jobs = [
+        EvaluationJob(
+            model_dir=str(model_dir),
+            config=config,
+            request=EvaluationRequest(
+                environment=entry.name,
+                preset=entry.preset,
+                options=entry.options,
+                split=cast(Split, split),
+                controls=cast(tuple[Control, ...], tuple(controls)),
+                num_packs=num_packs or config.evaluation.num_packs,
+                lifecycles_per_pack=lifecycles or config.evaluation.lifecycles_per_pack,
+                seed=seed,
+                checkpoint=label,
+            ),
+        )
+        for entry in config.environments
+        for split in splits
+    ]
+    is_terminal = sys.stderr.isatty()
+
+    def on_progress(values: Mapping[str, Any]) -> None:
+        if is_terminal:
+            sys.stderr.write(f"\r{values['split']} {values['control']} {values['done']}/{values['total']}   ")
+            sys.stderr.flush()
+
+    reports = [
+        report
+        for part in run_jobs(jobs, num_processes=num_processes, on_progress=on_progress)
+        for report in part
+    ]
+    if is_terminal:
+        sys.stderr.write("\r" + " " * 60 + "\r")
+    answer = suite("deploy", reports)
+    answer["reports"] = [report_to_json(report) for report in reports]
+    return answer
+
+
+def _print(answer: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title="mean reward by position (± standard error)", title_justify="left")
+    width = max(len(report["reward_by_position"]) for report in answer["reports"])
+    for name in ("environment", "worlds", "hint", "checkpoint"):
+        table.add_column(name)
+    for position in range(width):
+        table.add_column(f"task {position}", justify="right")
+    table.add_column("gap", justify="right")
+    for report in answer["reports"]:
+        row = report["rows"][0]
+        cells = [f"{point['mean']:.2f} ±{point['sem']:.2f}" for point in report["reward_by_position"]]
+        cells += [""] * (width - len(cells))
+        name = f"{row['environment']} {row['preset']}"
+        table.add_row(
+            name, report["split"], report["control"], row["checkpoint"], *cells, f"{report['gap']:+.2f}"
+        )
+    Console().print(table)

@@ -1,0 +1,196 @@
+"""``cod train`` and ``cod bootstrap``: from flags to a checked configuration, and on to the launcher."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cod_async.commands.output import print_json, print_mapping, print_table
+from cod_async.config import config_digest, load_config, load_resolved
+from cod_async.config.check import NO_ENVIRONMENTS, check, check_run_dir, run_dir_of
+from cod_async.config.load import apply_overrides, override_path, read_config, to_tree, write_atomic
+from cod_async.config.schema import Config
+from cod_async.errors import ConfigError, InputError
+
+RESUME_MAY_SET = (
+    "run.num_steps", "run.early_stop", "run.grace_s", "actors", "observe", "evaluation", "store", "transport",
+    "engine.max_running", "engine.num_threads", "learner.num_threads", "learner.checkpoint_every_steps",
+    "learner.keep_checkpoints", "learner.tokens_per_micro_batch", "weights.keep_versions",
+)  # fmt: skip
+"""What ``--set`` may change on ``--resume``: how long and how much at once, never what is being learned."""
+
+
+TAUGHT_TITLE = "what the starting model was taught, and what it was not"
+
+
+def load_checked(paths: Sequence[Path], overrides: Sequence[str], name: str | None) -> tuple[Config, Path]:
+    """Load and check the configuration of a new run.
+
+    Returns:
+        The configuration and its run folder, which does not exist yet.
+
+    Raises:
+        InputError: with all problems of files, values, cross-field rules and the folder.
+    """
+    if name is not None:
+        overrides = [*overrides, f"run.name={json.dumps(name)}"]
+    config, problems = read_config(paths, overrides)
+    if config is not None:
+        crossed = check(config)
+        if problems:  # a refused environment was left out, which is not the same as none being given
+            crossed = [problem for problem in crossed if not problem.startswith(NO_ENVIRONMENTS)]
+        problems += [*crossed, *check_run_dir(run_dir_of(config), is_resume=False)]
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config, run_dir_of(config)
+
+
+def load_resumed(run_dir: Path, paths: Sequence[Path], overrides: Sequence[str], name: str | None) -> Config:
+    """Load and check the configuration of a run to go on with.
+
+    Raises:
+        InputError: with all problems, among them overrides that would change what is being learned.
+    """
+    problems = check_run_dir(run_dir, is_resume=True)
+    if paths:
+        problems.append(f"{paths[0]}: --resume takes the configuration from {run_dir}; leave the files out")
+    if name is not None:
+        problems.append(f"--name {name}: a resumed run keeps its name; leave it out")
+    for override in overrides:
+        path = override_path(override)
+        if not any(path == known or path.startswith(f"{known}.") for known in RESUME_MAY_SET):
+            problems.append(
+                f"--set {override}: cannot change on --resume; start a new run, or set one of "
+                f"{', '.join(RESUME_MAY_SET)}"
+            )
+    if problems:
+        raise InputError(problems)
+    config = apply_overrides(load_resolved(run_dir), overrides)
+    problems = check(config)
+    if problems:
+        raise InputError(problems)
+    return config
+
+
+def run_train(
+    paths: Sequence[Path],
+    overrides: Sequence[str],
+    *,
+    name: str | None,
+    resume: Path | None,
+    is_dry_run: bool,
+    is_json: bool,
+) -> int:
+    """Do what ``cod train`` was asked for and return the exit code."""
+    if resume is None and not paths:
+        raise InputError("cod train: no configuration; give one or more TOML files, or --resume RUN")
+    if resume is None:
+        config, run_dir = load_checked(paths, overrides, name)
+    else:
+        config, run_dir = load_resumed(resume, paths, overrides, name), resume
+    if is_dry_run:
+        tree, steps = to_tree(config), plan(config)
+        if is_json:
+            print_json({"run_dir": str(run_dir), "config": tree, "plan": steps})
+        else:
+            print_mapping(tree, "resolved configuration")
+            print_mapping(steps, f"plan of {run_dir}")
+        return 0
+    from cod_async.launch.local import train
+    from cod_async.observe.summary import read_summary
+
+    console = Console(stderr=True) if is_json else Console()
+    try:
+        return train(config, run_dir, resume is not None, overrides=overrides, console=console)
+    finally:
+        if is_json:
+            print_json(read_summary(run_dir))
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """Return what a run will start and how much it will do, from the configuration alone.
+
+    Token numbers are upper bounds: they take every response at its limit and every row at the context length.
+    """
+    lifecycle, learner, staleness = config.lifecycle, config.learner, config.staleness
+    num_updates = lifecycle.pack_size - 1 if lifecycle.carry == "hint" else 0
+    num_lifecycles = learner.groups_per_step * lifecycle.group_size
+    num_segments = num_lifecycles * (lifecycle.pack_size + num_updates)
+    max_tokens = num_segments * config.model.max_context_tokens
+    ahead = staleness.plan_ahead_steps
+    if ahead < 0:
+        ahead = max(1, staleness.max_lag // 2) if staleness.max_lag else 0
+    at_once = config.actors.num_processes * config.actors.lifecycles_per_process
+    return {
+        "config_digest": config_digest(config),
+        "processes": {"coordinator": 1, "learner": 1, "actors": config.actors.num_processes},
+        "threads": config.actors.num_processes * config.engine.num_threads + learner.num_threads,
+        "lifecycles_at_once": at_once,
+        "per_step": {
+            "groups": learner.groups_per_step,
+            "lifecycles": num_lifecycles,
+            "segments": num_segments,
+            "tokens_at_most": max_tokens,
+            "micro_batches_at_most": math.ceil(max_tokens / learner.tokens_per_micro_batch),
+        },
+        "run": {
+            "steps_at_most": config.run.num_steps,
+            "lifecycles_at_most": config.run.num_steps * num_lifecycles,
+            "segments_at_most": config.run.num_steps * num_segments,
+        },
+        "staleness": {
+            "max_lag": staleness.max_lag,
+            "plan_ahead_steps": ahead,
+            "lifecycles_under_way_at_most": (ahead + 1) * num_lifecycles,
+            "are_actors_filled": at_once >= num_lifecycles,
+        },
+        "evaluation_lifecycles": config.evaluation.num_packs * config.evaluation.lifecycles_per_pack * 8
+        if config.evaluation.is_enabled
+        else 0,
+        "model": config.model.path
+        or f"bootstrap ({config.bootstrap.kind}), {config.bootstrap.num_steps} steps",
+    }
+
+
+def run_bootstrap_command(
+    paths: Sequence[Path], overrides: Sequence[str], *, out: Path, progress: Path | None, is_json: bool
+) -> int:
+    """Do what ``cod bootstrap`` was asked for and return the exit code."""
+    config = load_config(paths, overrides)
+    problems = check(config, for_train=False)
+    if config.model.path:
+        problems.append(
+            f'model.path: found "{config.model.path}", so there is nothing to bootstrap; set it to ""'
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        problems.append(f"--out {out}: exists already; choose a new folder")
+    if problems:
+        raise InputError(problems)
+    from cod_async.bootstrap.run import run_bootstrap
+
+    def on_progress(values: dict[str, Any]) -> None:
+        if progress is not None:
+            write_atomic(progress, json.dumps(values).encode())
+        else:
+            text = " ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in values.items()
+            )
+            sys.stderr.write(text + "\n")
+
+    report = run_bootstrap(config, out, on_progress)
+    if is_json:
+        print_json(report)
+        return 0
+    hidden = ("history", "taught")
+    print_mapping(
+        {key: value for key, value in report.items() if key not in hidden}, f"starting model in {out}"
+    )
+    print_table(report.get("taught", []), TAUGHT_TITLE)
+    return 0

@@ -1,0 +1,418 @@
+"""Cross-field rules of a configuration, and what it says about the world outside: models, folders, ports.
+
+Each rule is a small function that yields sentences ``path: problem, value; what to do``. :func:`check` runs
+them all, so that a user sees every problem at once and before any process starts. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cod_async.config.schema import Config
+from cod_async.errors import ConfigError, EnvironmentInputError, InputError, StoreError
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+NO_ENVIRONMENTS = "environments: empty"
+MIN_HEARTBEATS = 3
+"""A session must survive this many lost heartbeats."""
+BYTES_PER_TOKEN = 8
+"""An int32 id and a float32 log-prob per token on the wire."""
+MIN_BYTE_VOCAB = 300
+"""256 bytes and the special tokens of the byte-level tokenizer."""
+
+Problems = Iterator[str]
+
+
+def check(config: Config, *, for_train: bool = True) -> list[str]:
+    """List every cross-field problem of a configuration.
+
+    Args:
+        config: a configuration that already passed :func:`cod_async.config.load.load_config`.
+        for_train: also apply the rules that only training needs (log-probs must be those of the trained
+            policy, folder and port must be usable).
+
+    Returns:
+        One sentence per problem, in the order of the sections; empty if nothing is wrong.
+    """
+    rules: list[Callable[[Config], Problems]] = [
+        _environments, _lifecycle, _model, _bootstrap, _engine, _transport, _staleness, _groups,
+        _credit_assignment, _learner, _early_stop,
+    ]  # fmt: skip
+    if for_train:
+        rules += [_train_only, _port, _output_dir]
+    return [problem for rule in rules for problem in rule(config)]
+
+
+def require(config: Config, *, for_train: bool = True) -> None:
+    """Raise :class:`ConfigError` with all problems that :func:`check` finds, if any."""
+    problems = check(config, for_train=for_train)
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_run_dir(run_dir: Path, *, is_resume: bool) -> list[str]:
+    """List what forbids starting (or resuming) a run in ``run_dir``."""
+    if is_resume:
+        if not (run_dir / "config.json").is_file():
+            return [f"--resume {run_dir}: no config.json in it; give the folder of an earlier run"]
+        if not os.access(run_dir, os.W_OK):
+            return [f"--resume {run_dir}: not writable; correct its owner or permissions"]
+        return []
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        return [f"{run_dir}: exists already; choose another --name, or go on with it by --resume {run_dir}"]
+    return []
+
+
+def run_dir_of(config: Config) -> Path:
+    """Return the folder of a run, ``output_dir/name``."""
+    return Path(config.run.output_dir) / config.run.name
+
+
+def _environments(config: Config) -> Problems:
+    if not config.environments:
+        yield NO_ENVIRONMENTS + "; add at least one [[environments]] table with a name and a preset"
+        return
+    from cod_async.envs import registry
+
+    for index, environment in enumerate(config.environments):
+        path = f"environments.{index}"
+        try:
+            spec = registry.get(environment.name)
+        except EnvironmentInputError as error:
+            yield from (f"{path}.name: {problem}" for problem in error.problems)
+            continue
+        try:
+            options = spec.options(environment.preset, environment.options)
+            spec.make(options)
+        except EnvironmentInputError as error:
+            yield from (f"{path}: {problem}" for problem in error.problems)
+
+
+def _lifecycle(config: Config) -> Problems:
+    lifecycle, context = config.lifecycle, config.model.max_context_tokens
+    if lifecycle.carry == "transcript":
+        yield (
+            'lifecycle.carry: found "transcript", which this version cannot train yet; use "hint" (the '
+            'paper) or "none"'
+        )
+    if lifecycle.max_response_tokens >= context:
+        yield (
+            f"lifecycle.max_response_tokens: {lifecycle.max_response_tokens} leaves no room for a prompt in "
+            f"model.max_context_tokens = {context}; lower the first or raise the second"
+        )
+    if lifecycle.carry == "hint" and lifecycle.max_hint_tokens >= context:
+        yield (
+            f"lifecycle.max_hint_tokens: {lifecycle.max_hint_tokens} leaves no room for a prompt in "
+            f"model.max_context_tokens = {context}; lower the first or raise the second"
+        )
+    if lifecycle.group_size < 2:
+        yield (
+            f"lifecycle.group_size: {lifecycle.group_size} makes every group a singleton, whose advantages "
+            "are all 0 "
+            f'(baseline "{config.credit_assignment.baseline}"); use at least 2'
+        )
+
+
+def _model(config: Config) -> Problems:
+    if not config.model.path:
+        return
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        yield (
+            f'model.path: no such folder, found "{folder}"; give a Hugging Face model directory, or "" for a '
+            "new one"
+        )
+        return
+    missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        missing.append(WEIGHT_FILES[0])
+    if missing:
+        yield (
+            f'model.path: "{folder}" lacks {", ".join(missing)}; give a complete Hugging Face model directory'
+        )
+    if (folder / "config.json").is_file():
+        yield from _model_config(folder / "config.json", config)
+    if not missing:
+        yield from _tokenizer(folder, config)
+
+
+def _model_config(path: Path, config: Config) -> Problems:
+    try:
+        values: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        yield f"model.path: {path} cannot be read, {error}; give a complete Hugging Face model directory"
+        return
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != "qwen3":
+        yield f'model.path: {path} says model_type "{kind}"; this version trains "qwen3" models only'
+        return
+    longest = values.get("max_position_embeddings")
+    if isinstance(longest, int) and config.model.max_context_tokens > longest:
+        yield (
+            f"model.max_context_tokens: {config.model.max_context_tokens} is beyond the model's "
+            f"max_position_embeddings = {longest}; lower it"
+        )
+
+
+def _tokenizer(folder: Path, config: Config) -> Problems:
+    from cod_async.lifecycle.rendering import load_renderer
+
+    try:
+        renderer = load_renderer(folder, config.model.renderer)
+    except InputError as error:
+        yield from (f"model.path: {problem}" for problem in error.problems)
+        return
+    try:
+        vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        yield (
+            f"model.path: {folder / 'config.json'} names no vocab_size; give a complete Hugging Face model "
+            "directory"
+        )
+        return
+    if renderer.tokenizer.vocab_size > vocab_size:
+        yield (
+            f"model.path: the tokenizer has {renderer.tokenizer.vocab_size} ids, the model only {vocab_size} "
+            "embeddings; "
+            "give a model with its own tokenizer"
+        )
+
+
+def _bootstrap(config: Config) -> Problems:
+    if config.model.path:
+        return
+    shape, bootstrap = config.bootstrap.model, config.bootstrap
+    if shape.num_heads % shape.num_kv_heads:
+        yield (
+            f"bootstrap.model.num_kv_heads: {shape.num_kv_heads} does not divide num_heads = "
+            f"{shape.num_heads}; "
+            "choose a divisor"
+        )
+    if shape.head_dim % 2:
+        yield f"bootstrap.model.head_dim: {shape.head_dim} is odd; rotary embeddings need an even number"
+    if bootstrap.kind == "random" and bootstrap.vocab_size < MIN_BYTE_VOCAB:
+        yield (
+            f"bootstrap.vocab_size: {bootstrap.vocab_size} is too small for a byte-level tokenizer; "
+            f"use at least {MIN_BYTE_VOCAB}"
+        )
+    if bootstrap.kind == "random" and config.model.renderer == "terse":
+        yield 'model.renderer: "terse" does not fit bootstrap.kind = "random"; use "chatml" or "auto"'
+    if bootstrap.kind == "documents" and config.model.renderer == "chatml":
+        yield 'model.renderer: "chatml" does not fit bootstrap.kind = "documents"; use "terse" or "auto"'
+    if bootstrap.kind == "documents":
+        yield from _documents(config)
+    if bootstrap.warmup_steps >= bootstrap.num_steps:
+        yield (
+            f"bootstrap.warmup_steps: {bootstrap.warmup_steps} is not less than bootstrap.num_steps = "
+            f"{bootstrap.num_steps}; lower it"
+        )
+
+
+def _documents(config: Config) -> Problems:
+    from cod_async.envs import registry
+
+    names = {environment.name for environment in config.environments}
+    without = []
+    for name in sorted(names & set(registry.names())):
+        try:
+            if not registry.get(name).bootstrap_module:
+                without.append(name)
+        except EnvironmentInputError:  # reported by the rule on environments
+            continue
+    if without or len(names) > 1:
+        reason = f"{', '.join(without)} has none" if without else f"{len(names)} environments are given"
+        yield (
+            f'bootstrap.kind: "documents" needs one environment with bootstrap documents, but {reason}; use '
+            '"random", '
+            "or give model.path"
+        )
+
+
+def _engine(config: Config) -> Problems:
+    engine = config.engine
+    if engine.kind == "sglang":
+        yield 'engine.kind: found "sglang", which this version cannot drive yet; use "embedded"'
+    elif engine.urls:
+        yield f'engine.urls: {len(engine.urls)} given, but engine.kind = "embedded" uses none; remove them'
+
+
+def _transport(config: Config) -> Problems:
+    transport = config.transport
+    needed = MIN_HEARTBEATS * transport.heartbeat_s
+    if transport.session_timeout_s < needed:
+        yield (
+            f"transport.session_timeout_s: {transport.session_timeout_s:g} is less than {MIN_HEARTBEATS} "
+            "heartbeats of "
+            f"{transport.heartbeat_s:g} s; use at least {needed:g}"
+        )
+    parsed = parse_bind(transport.bind)
+    if parsed is None:
+        yield f'transport.bind: not an address, found "{transport.bind}"; write tcp://127.0.0.1:0'
+    elif parsed[0] not in LOOPBACK_HOSTS:
+        yield (
+            f'transport.bind: "{transport.bind}" is not loopback, and this version has no keys to protect '
+            "it; "
+            "use tcp://127.0.0.1:0"
+        )
+    if transport.credit_bytes < transport.max_message_bytes:
+        yield (
+            f"transport.credit_bytes: {transport.credit_bytes} is less than max_message_bytes = "
+            f"{transport.max_message_bytes}, so the longest message could never be sent; raise it"
+        )
+    row_bytes = BYTES_PER_TOKEN * config.model.max_context_tokens
+    if transport.max_message_bytes < 2 * row_bytes:
+        yield (
+            f"transport.max_message_bytes: {transport.max_message_bytes} cannot hold a row of "
+            f"model.max_context_tokens = {config.model.max_context_tokens}; use at least {2 * row_bytes}"
+        )
+
+
+def parse_bind(bind: str) -> tuple[str, int] | None:
+    """Split ``tcp://host:port``; None if it is not of that form (port 0 .. 65535)."""
+    scheme, sign, rest = bind.partition("://")
+    host, colon, port = rest.rpartition(":")
+    if scheme != "tcp" or not sign or not colon or not host or not port.isdigit() or int(port) > 65535:
+        return None
+    return host, int(port)
+
+
+def _staleness(config: Config) -> Problems:
+    staleness = config.staleness
+    if staleness.plan_ahead_steps > staleness.max_lag:
+        yield (
+            f"staleness.plan_ahead_steps: {staleness.plan_ahead_steps} is beyond staleness.max_lag = "
+            f"{staleness.max_lag}, so work would be planned that may not be trained; use at most max_lag, or "
+            "-1"
+        )
+    if config.weights.publish_every_steps > staleness.max_lag + 1:
+        yield (
+            f"weights.publish_every_steps: {config.weights.publish_every_steps} makes data older than "
+            f"staleness.max_lag = {staleness.max_lag}; use at most {staleness.max_lag + 1}"
+        )
+
+
+def _groups(config: Config) -> Problems:
+    groups, size = config.groups, config.lifecycle.group_size
+    if groups.close == "quorum":
+        if not 2 <= groups.quorum_members <= size:
+            yield (
+                f"groups.quorum_members: {groups.quorum_members} must be between 2 (a baseline needs two) "
+                "and "
+                f"lifecycle.group_size = {size}"
+            )
+        if groups.after_s > groups.deadline_s:
+            yield (
+                f"groups.after_s: {groups.after_s:g} is later than groups.deadline_s = "
+                f"{groups.deadline_s:g}; lower it"
+            )
+    elif groups.after_s > 0 or groups.quorum_members > 1:
+        yield (
+            'groups.close: "all" contradicts groups.quorum_members or groups.after_s, which only "quorum" '
+            "reads; "
+            'set groups.close = "quorum" or remove them'
+        )
+
+
+def _credit_assignment(config: Config) -> Problems:
+    credit = config.credit_assignment
+    for name, style in (("window", "sliding_window_mean"), ("gamma", "discounted")):
+        is_given = getattr(credit, name) is not None
+        if is_given and credit.style != style:
+            yield (
+                f'credit_assignment.{name}: only style "{style}" reads it, found style "{credit.style}"; '
+                "remove it"
+            )
+        if not is_given and credit.style == style:
+            yield f'credit_assignment.{name}: missing; style "{style}" needs it'
+    if credit.parity and credit.red == "off":
+        yield 'credit_assignment.parity: only red = "bisection" reads it, found red = "off"; remove it'
+
+
+def _learner(config: Config) -> Problems:
+    learner = config.learner
+    if learner.tokens_per_micro_batch < config.model.max_context_tokens:
+        yield (
+            f"learner.tokens_per_micro_batch: {learner.tokens_per_micro_batch} cannot hold one row of "
+            f"model.max_context_tokens = {config.model.max_context_tokens}; raise it"
+        )
+    for index, beta in enumerate(learner.betas):
+        if beta >= 1:
+            yield f"learner.betas.{index}: {beta:g} never forgets; use a value under 1"
+    if config.loss.clip == "ppo" and config.loss.eps_low >= 1:
+        yield f"loss.eps_low: {config.loss.eps_low:g} clips nothing, ratios are above 0; use a value under 1"
+
+
+def _early_stop(config: Config) -> Problems:
+    stop = config.run.early_stop
+    if not stop.is_enabled:
+        return
+    if config.lifecycle.pack_size < 2:
+        yield (
+            "run.early_stop: needs a gap between positions, found lifecycle.pack_size = 1; use at least 2, "
+            "or disable it"
+        )
+    for name in ("window_steps", "min_steps"):
+        value = getattr(stop, name)
+        if value > config.run.num_steps:
+            yield (
+                f"run.early_stop.{name}: {value} is more than run.num_steps = {config.run.num_steps}; lower "
+                "it"
+            )
+
+
+def _train_only(config: Config) -> Problems:
+    if config.engine.top_p < 1:
+        yield (
+            f"engine.top_p: {config.engine.top_p:g} makes log-probs that are not those of the trained "
+            "policy; use 1.0"
+        )
+
+
+def _port(config: Config) -> Problems:
+    parsed = parse_bind(config.transport.bind)
+    if parsed is None or parsed[1] == 0 or parsed[0] not in LOOPBACK_HOSTS:
+        return
+    host, port = parsed
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as error:
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be bound, {error.strerror}"
+            yield f"transport.bind: port {port} {reason}; choose another, or 0 for a free one"
+
+
+def _output_dir(config: Config) -> Problems:
+    folder = Path(config.run.output_dir).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        yield f'run.output_dir: "{folder}" is not a folder; choose another'
+        return
+    try:  # permission bits do not tell the truth to root, on read-only mounts or under quotas: try it
+        with tempfile.TemporaryDirectory(prefix=".cod-", dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        yield f'run.output_dir: "{folder}" is not writable, {reason}; choose another or correct permissions'
+        return
+    yield from _filesystem(folder)
+
+
+def _filesystem(folder: Path) -> Problems:
+    from cod_async.store.schema import refuse_network_filesystem
+
+    try:
+        refuse_network_filesystem(folder)
+    except StoreError as error:
+        yield f"run.output_dir: {error}"

@@ -1,0 +1,266 @@
+"""Leases: planning packs under the staleness bound, handing out lifecycles, taking them back, giving them up.
+
+A lease is fenced by its epoch, which grows whenever the lease is taken away; whoever comes back with an older
+epoch changes nothing. A lifecycle that is handed out again goes on after its last committed segment.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from cod_async.coordinator.core import Core
+from cod_async.coordinator.grouping import Grouping
+from cod_async.coordinator.planner import is_out_of_reach, may_lease
+from cod_async.envs import registry
+from cod_async.envs.base import canonical_json
+from cod_async.lifecycle.packs import plan_pack, stable_seed
+from cod_async.lifecycle.segment import Version
+from cod_async.store.work import GroupRow, LeaseRow, NewGroup
+from cod_async.wire.messages import Heartbeat, Lease, LeaseRef, LeaseRequest, LeaseReturn, Leases
+
+PARK_S = 1.0
+"""An unanswerable LeaseRequest is answered with an empty list after this many seconds."""
+MAX_TAKEOVERS = 100
+"""A lifecycle whose actors die this often is given up as ``infrastructure``: it may be what kills them."""
+MAX_LEASES_PER_REQUEST = 1024
+
+
+class _Parked(NamedTuple):
+    request: LeaseRequest
+    since: float
+
+
+class Leasing:
+    """Everything about leases. The caller owns the transaction."""
+
+    def __init__(self, core: Core, grouping: Grouping) -> None:
+        self._core = core
+        self._grouping = grouping
+        self._parked: dict[int, _Parked] = {}
+        self._answered: dict[int, int] = {}
+        self._seen_generation = -1
+        self._granted_at: dict[tuple[int, int], float] = {}
+        self._is_resumable: dict[tuple[str, str, str], bool] = {}
+
+    # ------------------------------------------------------------------------------------------------------
+    # requests
+
+    def request(self, session: int, request: LeaseRequest) -> None:
+        """Take a LeaseRequest: answer it as before, now, or later from :meth:`tick`."""
+        before = self._granted_before(session, request.request)
+        if before:
+            self._answer(session, request.request, before)
+        elif request.request <= self._answered.get(session, -1):
+            self._answer(session, request.request, [])
+        else:
+            self._parked[session] = _Parked(request, self._core.now())
+            self._serve(session)
+
+    def tick(self) -> None:
+        """Serve parked requests, expire lifecycles past their deadline."""
+        now = self._core.now()
+        if self._core.generation != self._seen_generation:
+            self._seen_generation = self._core.generation
+            for session in list(self._parked):
+                self._serve(session)
+        for session, parked in list(self._parked.items()):
+            if now - parked.since >= PARK_S:
+                self._answer(session, parked.request.request, [])
+        deadline_s = self._core.config.groups.deadline_s
+        for at, granted in list(self._granted_at.items()):
+            if now - granted > deadline_s:
+                lease = self._core.store.work.lease(*at)
+                if lease is not None and lease.state == "held":
+                    self.give_up(lease, "deadline")
+
+    def restore_clocks(self) -> None:
+        """After a restart every held lease has its whole deadline before it."""
+        now = self._core.now()
+        for lease in self._core.store.work.held_leases():
+            self._granted_at[lease.group, lease.member] = now
+
+    def heartbeat(self, session: int, heartbeat: Heartbeat) -> None:
+        """Fence what the client believes to hold and does not."""
+        if not heartbeat.held:
+            return
+        rows = self._core.store.work.held_leases(session)
+        held = {(row.group, row.member, row.lease_epoch) for row in rows}
+        for ref in heartbeat.held:
+            if (ref.group, ref.member, ref.lease_epoch) not in held:
+                lease = self._core.store.work.lease(ref.group, ref.member)
+                has_ended = (
+                    lease is not None and lease.state == "ended" and lease.lease_epoch == ref.lease_epoch
+                )
+                if not has_ended:  # an ended lifecycle's last ack may still be under way
+                    self._core.out.fence(session, ref, "not_yours")
+
+    def give_back(self, session: int, message: LeaseReturn) -> None:
+        """Take back a lifecycle that its actor could not finish."""
+        lease = self._core.store.work.lease(message.lease.group, message.lease.member)
+        if lease is None or (lease.state, lease.session, lease.lease_epoch) != (
+            "held",
+            session,
+            message.lease.lease_epoch,
+        ):
+            return  # repeated, or fenced meanwhile
+        if message.reason == "infrastructure":
+            self.retry(lease)
+        else:
+            self._free(lease)
+
+    # --------------------------------------------------------------------------------------------------------
+    # taking
+
+    def take_session(self, session: int, reason: str) -> None:
+        """Take every lease of a session that ended; other actors go on from the last committed segments."""
+        for lease in self._core.store.work.held_leases(session):
+            if lease.num_takeovers >= MAX_TAKEOVERS:
+                self.give_up(lease, "infrastructure")
+            else:
+                self._free(lease, is_takeover=True)
+                self._core.tally[f"leases_{reason}"] += 1
+        self._parked.pop(session, None)
+        self._answered.pop(session, None)
+
+    def retry(self, lease: LeaseRow) -> None:
+        """Take a lease back after a failure; give the lifecycle up when it failed too often."""
+        if lease.num_retries >= self._core.config.actors.max_retries:
+            self.give_up(lease, "infrastructure")
+        else:
+            self._fence_holder(lease, "retry")
+            self._free(lease, is_retry=True)
+
+    def give_up(self, lease: LeaseRow, reason: str) -> None:
+        """Close an unfinished lifecycle for a named reason."""
+        self._fence_holder(lease, reason)
+        self._core.store.work.settle(lease, "given_up", reason)
+        self._granted_at.pop((lease.group, lease.member), None)
+        self._grouping.maybe_close(lease.group)
+
+    def ended(self, group: int, member: int) -> None:
+        """A lifecycle came to its end; its deadline is over."""
+        self._granted_at.pop((group, member), None)
+
+    def call_back_unreachable(self) -> None:
+        """After a rollback: take back running lifecycles whose turn is further off than the bound."""
+        work = self._core.store.work
+        ranks = {group: rank for rank, (group, _, _) in enumerate(work.untrained())}
+        for lease in work.held_leases():
+            if is_out_of_reach(ranks[lease.group], self._core.step, self._core.limits):
+                self._fence_holder(lease, "rolled_back")
+                self._free(lease)
+
+    def _free(self, lease: LeaseRow, *, is_retry: bool = False, is_takeover: bool = False) -> None:
+        self._core.store.work.free(lease, is_retry=is_retry, is_takeover=is_takeover)
+        self._granted_at.pop((lease.group, lease.member), None)
+        self._core.changed()
+
+    def _fence_holder(self, lease: LeaseRow, reason: str) -> None:
+        if lease.state == "held" and lease.session is not None and self._core.is_live(lease.session):
+            ref = LeaseRef(lease.group, lease.member, lease.lease_epoch)
+            self._core.out.fence(lease.session, ref, reason)
+
+    # ------------------------------------------------------------------------------------------------------
+    # granting
+
+    def _serve(self, session: int) -> None:
+        parked = self._parked[session]
+        leases = self._grant(session, parked.request)
+        if leases:
+            self._answer(session, parked.request.request, leases)
+
+    def _answer(self, session: int, request: int, leases: list[Lease]) -> None:
+        self._parked.pop(session, None)
+        self._answered[session] = max(request, self._answered.get(session, -1))
+        self._core.out.send(session, Leases(request=request, leases=leases))
+
+    def _grant(self, session: int, request: LeaseRequest) -> list[Lease]:
+        """Hand out what the bounds allow: continued lifecycles first, then started groups, then new ones."""
+        core = self._core
+        if core.manifest is None or core.tree is None or core.finished is not None or core.should_stop:
+            return []
+        wanted = min(request.num_lifecycles, MAX_LEASES_PER_REQUEST)
+        published = core.manifest.version
+        granted: list[Lease] = []
+        ranks = {group: rank for rank, (group, _, _) in enumerate(core.store.work.untrained())}
+        while len(granted) < wanted:
+            free = core.store.work.free_leases(wanted - len(granted))
+            for row in free:
+                if not may_lease(ranks[row.group], core.step, published.step, core.limits):
+                    return granted
+                lease = self._lease(row, session, request.request, published)
+                if lease is not None:
+                    granted.append(lease)
+            if not free:
+                if not may_lease(len(ranks), core.step, published.step, core.limits):
+                    break
+                ranks[self._plan_group()] = len(ranks)
+        return granted
+
+    def _plan_group(self) -> int:
+        core, config = self._core, self._core.config
+        version = core.version
+        assert version is not None  # noqa: S101  (granting needs a lineage)
+        group = core.store.work.next_group()
+        plan = plan_pack(config.environments, config.lifecycle.pack_size, config.run.seed, group)
+        new = NewGroup(
+            environment=plan.environment,
+            preset=plan.preset,
+            options_json=canonical_json(plan.options),
+            records_json=tuple(canonical_json(record) for record in plan.records),
+            pack_seed=plan.pack_seed,
+            num_members=config.lifecycle.group_size,
+            planned_at=version,
+        )
+        core.store.work.add_group(group, new)
+        return group
+
+    def _lease(self, row: LeaseRow, session: int, request: int, min_version: Version) -> Lease | None:
+        """Grant one free lease; None when the lifecycle cannot be continued and had to be given up."""
+        work = self._core.store.work
+        group = work.group(row.group)
+        assert group is not None  # noqa: S101  (foreign key)
+        if row.next_ordinal > 0 and not self._can_resume(group):
+            self.give_up(row, "not_resumable")
+            return None
+        if group.floor is None or min_version.step < group.floor.step:
+            work.set_floor(row.group, min_version)
+        work.grant(row, session, min_version, request)
+        self._grouping.started(row.group)
+        self._granted_at[row.group, row.member] = self._core.now()
+        return self._describe(row, group, min_version)
+
+    def _describe(self, row: LeaseRow, group: GroupRow, min_version: Version) -> Lease:
+        last = self._core.store.segments.last_payload(row.group, row.member)
+        seed = stable_seed("sampling", self._core.config.run.seed, row.group, row.member) >> 2
+        return Lease(
+            ref=LeaseRef(row.group, row.member, row.lease_epoch),
+            environment=group.environment,
+            preset=group.preset,
+            options_json=group.options_json,
+            records_json=group.records_json,
+            pack_seed=group.pack_seed,
+            sampling_seed=seed,
+            min_version=min_version,
+            state=None if last is None else last.state_after,
+        )
+
+    def _granted_before(self, session: int, request: int) -> list[Lease]:
+        """Return what this very request was answered with, as far as it still stands."""
+        work = self._core.store.work
+        leases = []
+        for row, min_version in work.granted_under(session, request):
+            group = work.group(row.group)
+            if group is not None:
+                leases.append(self._describe(row, group, min_version))
+        return leases
+
+    def _can_resume(self, group: GroupRow) -> bool:
+        at = (group.environment, group.preset, group.options_json)
+        if at not in self._is_resumable:
+            spec = registry.get(group.environment)
+            options = spec.options(group.preset, msgspec.json.decode(group.options_json))
+            self._is_resumable[at] = spec.make(options).is_resumable
+        return self._is_resumable[at]

@@ -1,0 +1,205 @@
+"""What a launch does before and after training: make the starting model, evaluate, assemble the trained
+model.
+
+Each part leaves a file or folder that appears atomically when the part is done, so a resumed run skips it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cod_async.config.schema import Config
+from cod_async.errors import InputError, WorkError
+from cod_async.launch.parent import PARENT_VARIABLE
+from cod_async.launch.run_folder import child_environment, cod_command
+from cod_async.observe.summary import read_evaluation, write_evaluation
+
+MODEL_NAME = "model"
+"""Folder of the starting model inside a run folder."""
+_POLL_S = 0.2
+_TAIL_CHARS = 3000
+_NUM_EVALUATION_PROCESSES = 2
+
+Tell = Callable[[str], None]
+
+
+def has_model(run_dir: Path) -> bool:
+    """Whether the run already has its starting model."""
+    return (run_dir / MODEL_NAME / "config.json").is_file()
+
+
+def make_model(run_dir: Path, config: Config, tell: Tell) -> None:
+    """Put the starting model into the run folder: a copy of ``model.path``, or a bootstrapped one.
+
+    Args:
+        run_dir: a prepared run folder.
+        config: the run's configuration.
+        tell: called with progress text.
+
+    Raises:
+        InputError: the bootstrap refused its input.
+        WorkError: the bootstrap failed, with the end of its log.
+    """
+    if not config.model.path:
+        progress, out = run_dir / "logs" / "bootstrap.progress.json", str(run_dir / MODEL_NAME)
+        arguments = ("bootstrap", str(run_dir / "config.json"), "--out", out, "--progress", str(progress))
+        run_child(run_dir, "bootstrap", arguments, config, lambda: tell(_bootstrap_text(progress)))
+        return
+    tell(f"copying {config.model.path}")
+    temporary = run_dir / f".{MODEL_NAME}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(config.model.path, temporary, ignore=shutil.ignore_patterns("*.bin", "*.pt", "*.pth"))
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file():
+            _fsync(path)
+    _fsync(temporary)
+    os.replace(temporary, run_dir / MODEL_NAME)
+    _fsync(run_dir)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _bootstrap_text(progress: Path) -> str:
+    try:
+        values = json.loads(progress.read_text())
+    except (OSError, ValueError):
+        return "starting"
+    losses = " ".join(f"{name} {loss:.3g}" for name, loss in (values.get("losses") or {}).items())
+    text = f"step {values.get('step')}/{values.get('num_steps')}"
+    return f"{text} · loss {losses}" if losses else text
+
+
+def run_child(
+    run_dir: Path, name: str, arguments: tuple[str, ...], config: Config, on_poll: Callable[[], None]
+) -> None:
+    """Run one ``cod`` sub-command to its end, in its own process group, with its output in ``logs/NAME.log``.
+
+    An interrupt of the caller ends the child.
+
+    Raises:
+        InputError: the child refused its input.
+        WorkError: the child failed, with the end of its log.
+    """
+    log_path = run_dir / "logs" / f"{name}.log"
+    log_path.parent.mkdir(exist_ok=True)
+    environment = child_environment(config.learner.num_threads)
+    environment[PARENT_VARIABLE] = f"{os.getpid()}:{config.run.grace_s:g}"
+    with log_path.open("wb") as log:
+        child = subprocess.Popen(
+            cod_command(*arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            process_group=0,
+        )
+    try:
+        while True:
+            try:
+                code = child.wait(_POLL_S)
+                break
+            except subprocess.TimeoutExpired:
+                on_poll()
+    except BaseException:
+        _end(child)
+        raise
+    if code == 0:
+        return
+    tail = log_path.read_text(errors="replace")[-_TAIL_CHARS:].strip()
+    if code == 2:
+        raise InputError(tail.splitlines() or [f"{name} refused its input"])
+    raise WorkError(f"{name} failed with code {code}; the end of {log_path}:\n{tail}")
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(5.0)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def evaluate(
+    run_dir: Path, config: Config, name: str, model_dir: Path, checkpoint: str, tell: Tell
+) -> dict[str, Any]:
+    """Evaluate one model on trained and held-out worlds, in parallel processes, and keep the reports.
+
+    ``before`` plays normally only; ``after`` also with the hint blanked and with the hint of another world.
+    Both use the same packs and sampling seeds.
+
+    Args:
+        run_dir: the run folder.
+        config: the run's configuration.
+        name: ``before`` or ``after``.
+        model_dir: Hugging Face model directory.
+        checkpoint: label of the weights.
+        tell: called with progress text.
+
+    Returns:
+        ``{checkpoint, wall_s, reports}``, as kept in ``evaluation/NAME.json``; an earlier result for the same
+        weights is returned as it is.
+    """
+    earlier = read_evaluation(run_dir, name)
+    if earlier is not None and earlier.get("checkpoint") == checkpoint:
+        return earlier
+    from cod_async.evaluate.deploy import Control, EvaluationRequest, Split
+    from cod_async.evaluate.jobs import EvaluationJob, run_jobs
+    from cod_async.evaluate.report import report_to_json
+
+    can_control = (
+        config.lifecycle.carry == "hint"
+        and config.lifecycle.pack_size > 1
+        and config.evaluation.num_packs > 1
+    )
+    controls: tuple[Control, ...] = (
+        ("normal", "blanked", "swapped") if name == "after" and can_control else ("normal",)
+    )
+    splits: tuple[Split, ...] = ("train", "held_out")
+    jobs = [
+        EvaluationJob(
+            model_dir=str(model_dir),
+            config=config,
+            request=EvaluationRequest(
+                environment=environment.name,
+                preset=environment.preset,
+                options=environment.options,
+                split=split,
+                controls=controls,
+                num_packs=config.evaluation.num_packs,
+                lifecycles_per_pack=config.evaluation.lifecycles_per_pack,
+                seed=config.run.seed,
+                checkpoint=checkpoint,
+            ),
+        )
+        for environment in config.environments
+        for split in splits
+    ]
+    started_s = time.monotonic()
+    done: dict[int, str] = {}
+
+    def on_progress(values: Mapping[str, Any]) -> None:
+        done[values["job"]] = f"{values['split']} {values['control']} {values['done']}/{values['total']}"
+        tell(" · ".join(done[job] for job in sorted(done)))
+
+    reports = run_jobs(jobs, num_processes=_NUM_EVALUATION_PROCESSES, on_progress=on_progress)
+    result = {
+        "checkpoint": checkpoint,
+        "wall_s": time.monotonic() - started_s,
+        "reports": [report_to_json(report) for part in reports for report in part],
+    }
+    write_evaluation(run_dir, name, result)
+    return result

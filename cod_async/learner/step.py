@@ -1,0 +1,182 @@
+"""One optimiser step: forward, loss and backward per micro-batch, then AdamW, or nothing at all.
+
+Only the hidden states that predict action tokens go through the output head. Gradients of micro-batches add
+up to the gradient of the exact global token mean, because every segment's weight is one over the action
+tokens of the whole step. A loss or gradient that is not finite leaves parameters and optimiser untouched.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cod_async.config.schema import LearnerConfig, LossConfig
+from cod_async.errors import NumericsError, WorkError
+from cod_async.learner.packing import MAX_BUCKET_TOKENS, FlatRows, MicroBatch, micro_batches
+from cod_async.models.qwen3 import Qwen3
+from cod_kernels import KernelInputError, linear_logprob, merge_metrics, segment_loss, summarize_metrics
+
+SELF_TEST_TOLERANCE = 1e-4
+
+
+def action_logprobs(
+    model: Qwen3, batch: MicroBatch, temperature: float, *, has_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return log-prob (and entropy) of a micro-batch's action tokens under ``model``, float32 [A] each."""
+    hidden = model(batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
+    result = linear_logprob(
+        hidden, model.head_weight, batch.targets, temperature=temperature, return_entropy=has_entropy
+    )
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Split parameters for AdamW: matrices decay, norms, biases and embeddings do not."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    named = list(model.named_parameters())
+    decays = [p for _, p in named if p.dim() >= 2 and id(p) not in embeddings]
+    others = [p for _, p in named if p.dim() < 2 or id(p) in embeddings]
+    return [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def learning_rate(config: LearnerConfig, step: int) -> float:
+    """Return the rate of the optimiser step that turns version ``step`` into ``step + 1`` (linear
+    warm-up).
+    """
+    if step >= config.warmup_steps:
+        return config.lr
+    return config.lr * (step + 1) / config.warmup_steps
+
+
+@dataclass
+class Trainer:
+    """A model and its optimiser.
+
+    Attributes:
+        model: the policy; float32 parameters.
+        optimizer: AdamW over the groups of :func:`parameter_groups`.
+        learner, loss: configuration.
+        temperature: of the sampled distribution.
+        reference: the starting model when there is a KL term, else None.
+    """
+
+    model: Qwen3
+    optimizer: torch.optim.AdamW
+    learner: LearnerConfig
+    loss: LossConfig
+    temperature: float
+    reference: Qwen3 | None = None
+
+    @classmethod
+    def create(
+        cls,
+        model: Qwen3,
+        learner: LearnerConfig,
+        loss: LossConfig,
+        temperature: float,
+        reference: Qwen3 | None = None,
+    ) -> Trainer:
+        """Build the optimiser for ``model``; ``reference`` is frozen."""
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, learner.weight_decay), lr=learner.lr, betas=learner.betas, fused=True
+        )
+        if reference is not None:
+            reference.requires_grad_(False)
+        return cls(model, optimizer, learner, loss, temperature, reference)
+
+    @property
+    def max_rectangle_tokens(self) -> int:
+        """Token budget of one rectangle: the configured one, on a CPU no more than fits its cache."""
+        configured = self.learner.tokens_per_micro_batch
+        return configured if self.model.device.type != "cpu" else min(configured, MAX_BUCKET_TOKENS)
+
+    def take_step(self, flat: FlatRows, step: int) -> dict[str, float]:
+        """Train on one step's rows.
+
+        Args:
+            flat: the whole step.
+            step: version step before the update.
+
+        Returns:
+            Metrics of the step (finite numbers).
+
+        Raises:
+            NumericsError: loss, log-ratio or gradient is not finite; parameters and optimiser are as before.
+        """
+        if flat.num_action_tokens == 0:
+            raise WorkError(
+                f"step {step}: the batch has no action tokens; the coordinator must not plan empty steps"
+            )
+        started = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            losses, parts = self._accumulate(flat)
+        except KernelInputError as error:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NumericsError(f"step {step}: {error}; the step was not applied") from None
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.learner, step)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.learner.grad_clip)
+        numbers = summarize_metrics(merge_metrics(parts))  # the step's one synchronisation with the device
+        loss, grad_norm = float(torch.stack(losses).sum()), float(norm)
+        if numbers["num_nonfinite"] or not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NumericsError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}, "
+                f"{numbers['num_nonfinite']:.0f} tokens with a "
+                "log-ratio that is not finite; the step was not applied"
+            )
+        computed = time.perf_counter()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        done = time.perf_counter()
+        numbers |= {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": learning_rate(self.learner, step),
+            "num_tokens": float(flat.num_tokens),
+            "num_micro_batches": float(len(parts)),
+            "forward_backward_s": computed - started,
+            "optimizer_s": done - computed,
+            "train_tokens_per_s": flat.num_tokens / (done - started),
+        }
+        return numbers
+
+    def _accumulate(self, flat: FlatRows) -> tuple[list[Tensor], list[Tensor]]:
+        """Run forward and backward over all micro-batches; return their losses and metrics, on the device."""
+        device = self.model.device
+        advantages = torch.from_numpy(flat.advantages).to(device, torch.float32)
+        weights = torch.full_like(advantages, 1.0 / flat.num_action_tokens)
+        losses: list[Tensor] = []
+        parts: list[Tensor] = []
+        for batch in micro_batches(flat, self.max_rectangle_tokens, device):
+            if batch.targets.numel() == 0:
+                continue
+            current, entropy = action_logprobs(self.model, batch, self.temperature, has_entropy=True)
+            reference = None
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference, _ = action_logprobs(self.reference, batch, self.temperature)
+            loss, metrics = segment_loss(
+                current,
+                batch.behavior_logprobs,
+                batch.segment_ids,
+                advantages,
+                weights,
+                reference_logprobs=reference,
+                entropy=entropy,
+                clip=self.loss.clip,
+                eps_low=self.loss.eps_low,
+                eps_high=self.loss.eps_high,
+                behavior_weight=self.loss.behavior_weight,
+                weight_cap=self.loss.weight_cap,
+                kl_coef=self.loss.kl_coef,
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            parts.append(metrics)
+        return losses, parts

@@ -1,0 +1,315 @@
+"""Lineages, versions, checkpoints and steps: the history of the weights and of what they were trained on."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from cod_async.lifecycle.segment import SegmentKey, Version
+from cod_async.store.lineage import Branch, LineageTree
+from cod_async.store.trained import EMPTY_TRAINED_DIGEST
+from cod_async.weights.manifest import Manifest
+
+StepState = Literal["planned", "done", "rolled_back"]
+
+
+class StepRow(msgspec.Struct, frozen=True):
+    """One step as stored. ``trained_digest`` is that of the history including this step."""
+
+    version: Version
+    plan_digest: str
+    trained_digest: str
+    state: StepState
+    report: dict[str, Any]
+    done_at: float | None = None
+
+
+class StepItem(msgspec.Struct, frozen=True):
+    """One segment of a step's plan."""
+
+    key: SegmentKey
+    lease_epoch: int
+    advantage: float
+    lag_steps: int
+
+
+class HistoryTable:
+    """Reads and writes of the tables of the weights' history; the caller owns the transaction."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    # -----------------------------------------------------------------------------------------------------
+    # lineages
+
+    def current_lineage(self) -> int | None:
+        """Return the newest lineage, or None before the learner's first word."""
+        value = self._connection.execute("SELECT max(lineage) FROM lineages").fetchone()[0]
+        return None if value is None else int(value)
+
+    def branch_step(self, lineage: int) -> int:
+        """Return the step at which a lineage starts."""
+        row = self._connection.execute(
+            "SELECT branch_step FROM lineages WHERE lineage = ?", (lineage,)
+        ).fetchone()
+        return int(row[0])
+
+    def parent(self, lineage: int) -> int | None:
+        """Return the lineage that a lineage branched off, or None for the first."""
+        row = self._connection.execute("SELECT parent FROM lineages WHERE lineage = ?", (lineage,)).fetchone()
+        return None if row is None or row[0] is None else int(row[0])
+
+    def lineage_of_nonce(self, nonce: str) -> tuple[int, int, int] | None:
+        """Return (lineage, branch step, rolled-back steps) that an OpenLineage with this nonce opened, or
+        None.
+        """
+        found = self._connection.execute(
+            "SELECT lineage, branch_step, num_rolled_back FROM lineages WHERE nonce = ?", (nonce,)
+        ).fetchone()
+        return None if found is None else (int(found[0]), int(found[1]), int(found[2]))
+
+    def open_lineage(self, parent: int | None, branch_step: int, nonce: str, num_rolled_back: int) -> int:
+        """Add a lineage and return its number."""
+        current = self.current_lineage()
+        lineage = 0 if current is None else current + 1
+        self._connection.execute(
+            "INSERT INTO lineages VALUES (?, ?, ?, ?, ?, ?)",
+            (lineage, parent, branch_step, nonce, num_rolled_back, time.time()),
+        )
+        return lineage
+
+    def tree(self, publish_every_steps: int = 1) -> LineageTree | None:
+        """Return all lineages seen from the newest, or None before the first."""
+        current = self.current_lineage()
+        if current is None:
+            return None
+        rows = self._connection.execute(
+            "SELECT lineage, parent, branch_step FROM lineages WHERE parent IS NOT NULL"
+        )
+        branches = {lineage: Branch(parent, step) for lineage, parent, step in rows}
+        digests = {
+            Version(lineage, step): digest
+            for lineage, step, digest in self._connection.execute(
+                "SELECT lineage, step, digest FROM versions"
+            )
+        }
+        return LineageTree(branches, current, digests, publish_every_steps)
+
+    # ------------------------------------------------------------------------------------- versions and
+    # checkpoints
+
+    def add_version(self, manifest: Manifest) -> None:
+        """Record a published version; it must be new."""
+        version = manifest.version
+        text = msgspec.json.encode(manifest).decode()
+        self._connection.execute(
+            "INSERT INTO versions VALUES (?, ?, ?, ?, ?)",
+            (version.lineage, version.step, manifest.digest, text, time.time()),
+        )
+
+    def manifest(self, version: Version) -> Manifest | None:
+        """Return the manifest of a version, or None."""
+        found = self._connection.execute(
+            "SELECT manifest FROM versions WHERE lineage = ? AND step = ?", (version.lineage, version.step)
+        ).fetchone()
+        return None if found is None else msgspec.json.decode(found[0], type=Manifest)
+
+    def add_checkpoint(self, version: Version, path: str, digest: str, trained_digest: str) -> None:
+        """Record a durable checkpoint; the same one again replaces the entry."""
+        self._connection.execute(
+            "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?)",
+            (version.lineage, version.step, path, digest, trained_digest, time.time()),
+        )
+
+    def checkpoints(self) -> list[Version]:
+        """Return the versions that were saved, in the order of saving."""
+        rows = self._connection.execute("SELECT lineage, step FROM checkpoints ORDER BY lineage, step")
+        return [Version(lineage, step) for lineage, step in rows]
+
+    # --------------------------------------------------------------------------------------------------------
+    # steps
+
+    def current_step(self, lineage: int) -> int:
+        """Return the step that the learner takes next on a lineage."""
+        last = self._connection.execute(
+            "SELECT max(step) FROM steps WHERE lineage = ? AND state = 'done'", (lineage,)
+        ).fetchone()[0]
+        return self.branch_step(lineage) if last is None else int(last) + 1
+
+    def trained_digest(self, version: Version) -> str | None:
+        """Return the digest of everything trained before ``version``; None when that history was never
+        walked.
+        """
+        lineage: int | None = version.lineage
+        if version.step == 0:
+            return EMPTY_TRAINED_DIGEST
+        while (
+            lineage is not None and self._has_lineage(lineage) and version.step <= self.branch_step(lineage)
+        ):
+            lineage = self.parent(lineage)
+        found = self._connection.execute(
+            "SELECT trained_digest FROM steps WHERE lineage = ? AND step = ? AND done_at IS NOT NULL",
+            (lineage, version.step - 1),
+        ).fetchone()
+        return None if found is None else str(found[0])
+
+    def _has_lineage(self, lineage: int) -> bool:
+        return (
+            self._connection.execute("SELECT 1 FROM lineages WHERE lineage = ?", (lineage,)).fetchone()
+            is not None
+        )
+
+    def add_step(
+        self,
+        version: Version,
+        plan_digest: str,
+        trained_digest: str,
+        items: Sequence[StepItem],
+        report: dict[str, Any],
+    ) -> None:
+        """Record a step's plan and mark its segments as planned."""
+        at = (version.lineage, version.step)
+        self._connection.execute(
+            "INSERT INTO steps (lineage, step, plan_digest, trained_digest, state, report) "
+            "VALUES (?, ?, ?, ?, 'planned', ?)",
+            (*at, plan_digest, trained_digest, msgspec.json.encode(report).decode()),
+        )
+        keys = [(item.key.group, item.key.member, item.key.ordinal) for item in items]
+        self._connection.executemany(
+            "INSERT INTO step_items VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (*at, *key, item.lease_epoch, item.advantage, item.lag_steps)
+                for key, item in zip(keys, items, strict=True)
+            ],
+        )
+        self._connection.executemany(
+            "UPDATE segments SET state = 'planned' WHERE grp = ? AND member = ? AND ordinal = ?", keys
+        )
+
+    def step(self, version: Version) -> StepRow | None:
+        """Return one step, or None when it was never planned."""
+        found = self._connection.execute(
+            "SELECT plan_digest, trained_digest, state, report, done_at FROM steps WHERE lineage = ? AND "
+            "step = ?",
+            (version.lineage, version.step),
+        ).fetchone()
+        if found is None:
+            return None
+        return StepRow(version, found[0], found[1], found[2], msgspec.json.decode(found[3]), found[4])
+
+    def items(self, version: Version) -> list[StepItem]:
+        """Return a step's plan, by key."""
+        rows = self._connection.execute(
+            "SELECT grp, member, ordinal, lease_epoch, advantage, lag_steps FROM step_items "
+            "WHERE lineage = ? AND step = ? ORDER BY grp, member, ordinal",
+            (version.lineage, version.step),
+        )
+        return [
+            StepItem(SegmentKey(g, m, o), epoch, advantage, lag) for g, m, o, epoch, advantage, lag in rows
+        ]
+
+    def finish_step(self, version: Version, report: dict[str, Any]) -> None:
+        """Record that a planned step was taken: its segments and groups are trained."""
+        at = (version.lineage, version.step)
+        self._connection.execute(
+            "UPDATE steps SET state = 'done', report = ?, done_at = ? WHERE lineage = ? AND step = ?",
+            (msgspec.json.encode(report).decode(), time.time(), *at),
+        )
+        self._mark_trained(*at)
+
+    def _mark_trained(self, lineage: int, step: int) -> None:
+        self._connection.execute(
+            "UPDATE segments SET state = 'trained', drop_reason = '', trained_lineage = ?1, trained_step = "
+            "?2 "
+            "WHERE (grp, member, ordinal) IN "
+            "(SELECT grp, member, ordinal FROM step_items WHERE lineage = ?1 AND step = ?2)",
+            (lineage, step),
+        )
+        self._connection.execute(
+            "UPDATE groups SET state = 'trained' WHERE grp IN "
+            "(SELECT DISTINCT grp FROM step_items WHERE lineage = ? AND step = ?)",
+            (lineage, step),
+        )
+
+    def roll_back(self, parent: int | None, branch_step: int) -> int:
+        """Make (``parent``, ``branch_step``) the end of history, before a new lineage opens there.
+
+        Steps beyond it are recorded as rolled back and their segments become trainable again; a segment whose
+        payload was pruned meanwhile is dropped as ``payload_pruned``. Should the branch lie on a lineage that
+        was abandoned before, its steps come back to life, and their segments count as trained in them.
+
+        Returns:
+            The number of steps rolled back.
+        """
+        surviving = self._path(parent, branch_step)
+        rows = self._connection.execute(
+            "SELECT lineage, step, state, done_at IS NOT NULL FROM steps"
+        ).fetchall()
+        undone = [(a, b) for a, b, state, _ in rows if state != "rolled_back" and (a, b) not in surviving]
+        revived = [
+            (a, b) for a, b, state, done in rows if state == "rolled_back" and done and (a, b) in surviving
+        ]
+        for lineage, step in undone:
+            self._connection.execute(
+                "UPDATE steps SET state = 'rolled_back' WHERE lineage = ? AND step = ?", (lineage, step)
+            )
+            self._release(lineage, step)
+        for lineage, step in revived:
+            self._connection.execute(
+                "UPDATE steps SET state = 'done' WHERE lineage = ? AND step = ?", (lineage, step)
+            )
+            self._mark_trained(lineage, step)
+        return len(undone)
+
+    def _release(self, lineage: int, step: int) -> None:
+        """Make the segments and groups of an undone step trainable again."""
+        self._connection.execute(
+            "UPDATE segments SET state = CASE WHEN payload IS NULL THEN 'dropped' ELSE 'ready' END, "
+            "drop_reason = CASE WHEN payload IS NULL THEN 'payload_pruned' ELSE '' END, "
+            "trained_lineage = NULL, trained_step = NULL WHERE state IN ('planned', 'trained') "
+            "AND (grp, member, ordinal) IN "
+            "(SELECT grp, member, ordinal FROM step_items WHERE lineage = ? AND step = ?)",
+            (lineage, step),
+        )
+        self._connection.execute(
+            "UPDATE groups SET state = CASE WHEN EXISTS (SELECT 1 FROM segments WHERE segments.grp = "
+            "groups.grp "
+            "AND segments.state = 'ready') THEN 'closed' ELSE 'dropped' END "
+            "WHERE grp IN (SELECT DISTINCT grp FROM step_items WHERE lineage = ? AND step = ?)",
+            (lineage, step),
+        )
+
+    def _path(self, lineage: int | None, end: int) -> set[tuple[int, int]]:
+        """Return the steps that lead to version (``lineage``, ``end``)."""
+        path: set[tuple[int, int]] = set()
+        while lineage is not None:
+            start = min(end, self.branch_step(lineage)) if self._has_lineage(lineage) else end
+            path |= {(lineage, step) for step in range(start, end)}
+            end, lineage = start, self.parent(lineage)
+        return path
+
+    # ------------------------------------------------------------------------------------------------------
+    # reports
+
+    def unreported_steps(self) -> list[StepRow]:
+        """Return the done steps that have no line in the metrics file yet."""
+        rows = self._connection.execute(
+            "SELECT lineage, step FROM steps WHERE state = 'done' AND is_reported = 0 ORDER BY lineage, step"
+        ).fetchall()
+        return [row for a, b in rows if (row := self.step(Version(a, b))) is not None]
+
+    def mark_reported(self, version: Version) -> None:
+        """Note that a step has its line in the metrics file."""
+        self._connection.execute(
+            "UPDATE steps SET is_reported = 1 WHERE lineage = ? AND step = ?", (version.lineage, version.step)
+        )
+
+    def recent_reports(self, version: Version, num_steps: int) -> list[dict[str, Any]]:
+        """Return the reports of the last ``num_steps`` done steps of the history that ends at ``version``."""
+        path = sorted(self._path(version.lineage, version.step), key=lambda at: at[1])[-num_steps:]
+        rows = [self.step(Version(*at)) for at in path]
+        return [row.report for row in rows if row is not None and row.state == "done"]

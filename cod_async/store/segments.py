@@ -1,0 +1,251 @@
+"""Segments: the committed ones with their fate, and the refused ones with their reason."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import msgspec
+
+from cod_async.errors import StoreError
+from cod_async.lifecycle.segment import EpisodeKind, Segment, SegmentKey, Version, VersionSpan
+
+SegmentFate = Literal["waiting", "ready", "planned", "trained", "dropped"]
+"""``waiting``: its group is open; ``ready``: has its advantage; ``planned``: in a step's plan; the rest is
+final.
+"""
+
+_SELECT = (
+    "SELECT grp, member, ordinal, lease_epoch, kind, position, reward, finish, is_last, num_tokens, "
+    "num_action_tokens, "
+    "oldest_lineage, oldest_step, newest_lineage, newest_step, version_tokens, return_value, advantage, "
+    "state, "
+    "drop_reason FROM segments "
+)
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Segment)
+_spans = msgspec.json.Decoder(tuple[tuple[int, int, int], ...])
+
+
+class SegmentRow(msgspec.Struct, frozen=True):
+    """What the coordinator needs of a committed segment, without its payload.
+
+    Attributes:
+        oldest, newest: policy versions among its action tokens.
+        versions: action tokens per policy version.
+        advantage: after the group's baseline, before RED; None while the group is open.
+    """
+
+    key: SegmentKey
+    lease_epoch: int
+    kind: EpisodeKind
+    position: int
+    reward: float
+    finish: str
+    is_last: bool
+    num_tokens: int
+    num_action_tokens: int
+    oldest: Version
+    newest: Version
+    versions: tuple[VersionSpan, ...]
+    return_value: float | None
+    advantage: float | None
+    state: SegmentFate
+    drop_reason: str
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A segment that was settled without being committed."""
+
+    key: SegmentKey
+    lease_epoch: int
+    session: int
+    reason: str
+    detail: str
+    num_action_tokens: int
+
+
+def _row(values: tuple[object, ...]) -> SegmentRow:
+    (grp, member, ordinal, epoch, kind, position, reward, finish, is_last, tokens, actions, *rest) = values
+    (old_line, old_step, new_line, new_step, spans, return_value, advantage, state, reason) = rest
+    return SegmentRow(
+        key=SegmentKey(grp, member, ordinal),  # type: ignore[arg-type]  # the columns are STRICT and checked
+        lease_epoch=epoch,  # type: ignore[arg-type]
+        kind=kind,  # type: ignore[arg-type]
+        position=position,  # type: ignore[arg-type]
+        reward=reward,  # type: ignore[arg-type]
+        finish=finish,  # type: ignore[arg-type]
+        is_last=bool(is_last),
+        num_tokens=tokens,  # type: ignore[arg-type]
+        num_action_tokens=actions,  # type: ignore[arg-type]
+        oldest=Version(old_line, old_step),  # type: ignore[arg-type]
+        newest=Version(new_line, new_step),  # type: ignore[arg-type]
+        versions=tuple(VersionSpan(Version(a, b), n) for a, b, n in _spans.decode(str(spans))),
+        return_value=return_value,  # type: ignore[arg-type]
+        advantage=advantage,  # type: ignore[arg-type]
+        state=state,  # type: ignore[arg-type]
+        drop_reason=reason,  # type: ignore[arg-type]
+    )
+
+
+def select_rows(connection: sqlite3.Connection, clause: str, values: Sequence[int]) -> list[SegmentRow]:
+    """Return the committed segments that a WHERE or ORDER clause (a constant of the caller) selects."""
+    return [_row(found) for found in connection.execute(_SELECT + clause, values)]
+
+
+def tokens_by_version(segment: Segment) -> dict[Version, int]:
+    """Return the number of action tokens per policy version."""
+    totals: dict[Version, int] = {}
+    for row in segment.rows:
+        for span in row.versions:
+            totals[span.version] = totals.get(span.version, 0) + span.num_tokens
+    return totals
+
+
+class SegmentTable:
+    """Reads and writes of ``segments``, ``payloads`` and ``refused_segments``; the caller owns the
+    transaction.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def insert(self, segment: Segment, session: int, fallback: Version) -> None:
+        """Commit a segment as ``waiting``; its key must be new.
+
+        Args:
+            segment: validated.
+            session: session that delivered it.
+            fallback: version to note for a segment without action tokens.
+        """
+        versions = tokens_by_version(segment) or {fallback: 0}
+        oldest, newest = min(versions), max(versions)
+        body = self._connection.execute("INSERT INTO payloads (body) VALUES (?)", (_encoder.encode(segment),))
+        key = segment.key
+        self._connection.execute(
+            "INSERT INTO segments (grp, member, ordinal, lease_epoch, session, actor, kind, position, "
+            "reward, "
+            "raw_reward, finish, is_last, num_tokens, num_action_tokens, oldest_lineage, oldest_step, "
+            "newest_lineage, "
+            "newest_step, version_tokens, state, payload, received_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'waiting', ?, ?)",
+            (
+                *(key.group, key.member, key.ordinal, segment.lease_epoch, session, segment.actor),
+                *(segment.kind, segment.position, segment.reward, segment.raw_reward, segment.finish),
+                *(int(segment.is_last), segment.num_tokens, segment.num_action_tokens),
+                *(oldest.lineage, oldest.step, newest.lineage, newest.step),
+                msgspec.json.encode([(v.lineage, v.step, n) for v, n in sorted(versions.items())]).decode(),
+                body.lastrowid,
+                time.time(),
+            ),
+        )
+
+    def winner(self, key: SegmentKey) -> int | None:
+        """Return the lease epoch of the committed segment with this key, or None."""
+        found = self._connection.execute(
+            "SELECT lease_epoch FROM segments WHERE grp = ? AND member = ? AND ordinal = ?",
+            (key.group, key.member, key.ordinal),
+        ).fetchone()
+        return None if found is None else int(found[0])
+
+    def refuse(self, refusal: Refusal) -> bool:
+        """Settle a segment as refused; return False when this very segment was refused before."""
+        key = refusal.key
+        cursor = self._connection.execute(
+            "INSERT OR IGNORE INTO refused_segments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(key.group, key.member, key.ordinal, refusal.lease_epoch, refusal.session),
+                *(refusal.reason, refusal.detail, refusal.num_action_tokens, time.time()),
+            ),
+        )
+        return cursor.rowcount == 1
+
+    def refusal(self, key: SegmentKey, lease_epoch: int) -> str | None:
+        """Return the reason this segment was refused for, or None."""
+        found = self._connection.execute(
+            "SELECT reason FROM refused_segments WHERE grp = ? AND member = ? AND ordinal = ? AND "
+            "lease_epoch = ?",
+            (key.group, key.member, key.ordinal, lease_epoch),
+        ).fetchone()
+        return None if found is None else str(found[0])
+
+    def of_group(self, group: int) -> list[SegmentRow]:
+        """Return a group's committed segments by key."""
+        return select_rows(self._connection, "WHERE grp = ? ORDER BY grp, member, ordinal", (group,))
+
+    def oldest_ready(self, group: int) -> set[Version]:
+        """Return the oldest version of each ready segment of a group, without repeats."""
+        rows = self._connection.execute(
+            "SELECT DISTINCT oldest_lineage, oldest_step FROM segments WHERE grp = ? AND state = 'ready'",
+            (group,),
+        )
+        return {Version(lineage, step) for lineage, step in rows}
+
+    def payload(self, key: SegmentKey) -> Segment:
+        """Return a whole segment.
+
+        Raises:
+            StoreError: it is not there, or its payload was pruned after training.
+        """
+        found = self._connection.execute(
+            "SELECT body FROM payloads JOIN segments USING (payload) WHERE grp = ? AND member = ? AND "
+            "ordinal = ?",
+            (key.group, key.member, key.ordinal),
+        ).fetchone()
+        if found is None:
+            raise StoreError(
+                f"segment {key}: no payload is kept; set store.retention to all to keep every payload"
+            )
+        return _decoder.decode(found[0])
+
+    def last_payload(self, group: int, member: int) -> Segment | None:
+        """Return the newest committed segment of a lifecycle, or None before its first."""
+        found = self._connection.execute(
+            "SELECT max(ordinal) FROM segments WHERE grp = ? AND member = ?", (group, member)
+        ).fetchone()
+        return None if found[0] is None else self.payload(SegmentKey(group, member, int(found[0])))
+
+    def set_ready(self, key: SegmentKey, return_value: float, baseline: float, advantage: float) -> None:
+        """Record a waiting segment's credit; it is trainable from now on."""
+        self._connection.execute(
+            "UPDATE segments SET state = 'ready', return_value = ?, baseline = ?, advantage = ? "
+            "WHERE grp = ? AND member = ? AND ordinal = ? AND state = 'waiting'",
+            (return_value, baseline, advantage, key.group, key.member, key.ordinal),
+        )
+
+    def drop(self, keys: Iterable[SegmentKey], reason: str) -> tuple[int, int]:
+        """Drop waiting or ready segments for a named reason; return how many segments and action tokens that
+        were.
+        """
+        num_segments = num_tokens = 0
+        for key in keys:
+            found = self._connection.execute(
+                "UPDATE segments SET state = 'dropped', drop_reason = ? WHERE grp = ? AND member = ? AND "
+                "ordinal = ? "
+                "AND state IN ('waiting', 'ready') RETURNING num_action_tokens",
+                (reason, key.group, key.member, key.ordinal),
+            ).fetchone()
+            if found is not None:
+                num_segments += 1
+                num_tokens += int(found[0])
+        return num_segments, num_tokens
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """Return (segments, action tokens) by fate; dropped and refused ones as ``dropped:<reason>``."""
+        rows = self._connection.execute(
+            "SELECT CASE WHEN state = 'dropped' THEN 'dropped:' || drop_reason ELSE state END AS fate, "
+            "count(*), "
+            "coalesce(sum(num_action_tokens), 0) FROM segments GROUP BY fate "
+        ).fetchall()
+        rows += self._connection.execute(
+            "SELECT 'dropped:' || reason, count(*), coalesce(sum(num_action_tokens), 0) FROM "
+            "refused_segments "
+            "GROUP BY reason"
+        ).fetchall()
+        totals: dict[str, tuple[int, int]] = {}
+        for fate, num_segments, num_tokens in rows:
+            before = totals.get(fate, (0, 0))
+            totals[fate] = (before[0] + num_segments, before[1] + num_tokens)
+        return totals

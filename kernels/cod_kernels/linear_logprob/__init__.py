@@ -1,0 +1,1 @@
+"""Log-probs of chosen tokens from hidden states and the output head; see README.md."""

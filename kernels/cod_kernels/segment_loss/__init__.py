@@ -1,0 +1,1 @@
+"""Loss, gradient and metrics of segment-advantage policy optimisation; see README.md."""
