@@ -64,6 +64,8 @@ from cod_async.wire.messages import (
 from cod_async.wire.session import Closed, Event, Opened, Received, Session
 
 RUN = "test-run"
+MEMORY_FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""Where databases that need no real disk are made; ``None`` is the system's default."""
 
 
 def make_config(**sections: dict[str, Any]) -> Config:
@@ -141,6 +143,7 @@ class World:
         self.time = 0.0
         self.clients: dict[int, Actor | Learner] = {}
         self.num_crashes = 0
+        self.weights_of_lineage: dict[int, list[str]] = {}
         self.reload()
 
     def reload(self) -> None:
@@ -192,9 +195,10 @@ class World:
             return int(left < 0)
 
         connection = self.store._connection
+        event = Received(self.session(session), message, 100)
         connection.set_progress_handler(interrupt, 1)
         try:
-            out = self.brain.apply([Received(self.session(session), message, 100)])
+            out = self.brain.apply([event])
         except StoreError:
             self.crash()
             return True
@@ -377,9 +381,9 @@ class Learner:
         self.messages: list[ToClient] = []
         self.opened: LineageOpened | None = None
         self.should_stop = False
-        start = checkpoint or LearnerCheckpoint(None, "", "start", ())
+        start = checkpoint or LearnerCheckpoint(None, "", ("start",), ())
         self.trained_digest = start.trained_digest
-        self.weights = start.weights
+        self.weights_by_step = list(start.weights)
         self.history: list[list[TrainItem]] = [list(items) for items in start.history]
         self.session = world.open("learner", "learner", id(self))
         world.clients[self.session] = self
@@ -390,6 +394,7 @@ class Learner:
             self.refused = [m for m in self.messages if isinstance(m, Refused)]
             return
         self.version = Version(self.opened.lineage, self.opened.step)
+        world.weights_of_lineage[self.version.lineage] = self.weights_by_step
         self.publish()
 
     def reconnected(self) -> None:
@@ -414,7 +419,7 @@ class Learner:
                 pass
 
     def publish(self, **crash: bool) -> None:
-        manifest = Manifest(RUN, self.version, hashlib.sha256(self.weights.encode()).hexdigest(), ())
+        manifest = Manifest(RUN, self.version, self.weights_by_step[-1], ())
         self.world.say(self.session, Published(manifest=manifest), **crash)
         if crash:
             self.world.say(self.session, Published(manifest=manifest))
@@ -432,7 +437,8 @@ class Learner:
             self.world.say(self.session, done)
         self.batch, self.parts = None, {}
         self.trained_digest = extend_trained_digest(self.trained_digest, digest)
-        self.weights = hashlib.sha256(f"{self.weights}{digest}{noise}".encode()).hexdigest()
+        weights = hashlib.sha256(f"{self.weights_by_step[-1]}{digest}{noise}".encode()).hexdigest()
+        self.weights_by_step.append(weights)
         self.history.append(items)
         self.version = Version(self.version.lineage, self.version.step + 1)
         self.publish()
@@ -443,7 +449,7 @@ class Learner:
         message = Checkpointed(version=self.version, path=path, digest="d", trained_digest=self.trained_digest)
         self.world.say(self.session, message)
         history = tuple(tuple(items) for items in self.history)
-        return LearnerCheckpoint(self.version, self.trained_digest, self.weights, history)
+        return LearnerCheckpoint(self.version, self.trained_digest, tuple(self.weights_by_step), history)
 
     def finish(self) -> None:
         self.world.say(self.session, Finished(version=self.version, reason="done"))
@@ -459,8 +465,19 @@ class LearnerCheckpoint(msgspec.Struct, frozen=True):
 
     version: Version | None
     trained_digest: str
-    weights: str
+    weights: tuple[str, ...]
     history: tuple[tuple[TrainItem, ...], ...]
+
+
+def true_lag(world: World, learner: Learner, version: Version, step: int) -> int:
+    """The lag of a token by comparing whole weight histories: the oracle for the coordinator's rule.
+
+    The token counts as the last step at which the history that generated it and the surviving one had equal weights.
+    """
+    theirs = world.weights_of_lineage[version.lineage][: version.step + 1]
+    ours = learner.weights_by_step[: step + 1]
+    shared = [t for t, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a == b]
+    return step - max(shared)
 
 
 def check_plan_digest(batch: tuple[str, list[TrainItem]], epochs: dict[SegmentKey, int]) -> None:

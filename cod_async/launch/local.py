@@ -197,12 +197,16 @@ class _Launch:
             )  # the launcher died between the learner's last word and its own note
         return finished is not None and finished == _end_of(self._config)
 
+    def _is_over(self) -> bool:
+        """Whether the run database says that training is over."""
+        return bool(_finish_reason(self._run_dir))
+
     def _has_learner_finished(self) -> bool:
         """Whether the run database says that the learner has taken its last step, and was not merely told to
         stop.
         """
         deadline = time.monotonic() + _FINISH_TIMEOUT_S
-        while not _finish_reason(self._run_dir):
+        while not self._is_over():
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
@@ -233,7 +237,8 @@ class _Launch:
         # What an earlier launch left there is the address of a dead coordinator; clients would try it first.
         address = self._run_dir / "coordinator.json"
         before = address.read_bytes() if address.is_file() else None
-        supervisor.start("coordinator", "coordinator", cod_command("coordinator", run))
+        # The coordinator and the actors end by themselves only when the run is over.
+        supervisor.start("coordinator", "coordinator", cod_command("coordinator", run), is_done=self._is_over)
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not address.is_file() or address.read_bytes() == before:
             supervisor.poll()
@@ -253,7 +258,7 @@ class _Launch:
         )
         for index in range(config.actors.num_processes):
             name = f"actor-{index}"
-            supervisor.start("actor", name, cod_command("actor", run, "--name", name))
+            supervisor.start("actor", name, cod_command("actor", run, "--name", name), is_done=self._is_over)
 
     def _raise_if_interrupted(self) -> None:
         if self._interrupts.signum is not None:

@@ -4,8 +4,8 @@ Resuming from a checkpoint opens a new lineage that branches off the old one. A 
 lags by plain subtraction. A token of an abandoned lineage was sampled from weights that, on the surviving
 history, never existed; the last ancestor they share with it is the branch point, so its lag counts from
 there. One case is different: a deterministic resume walks the same way again, and publishes weights with the
-*same digest* at the same step. Then it is the same policy and its tokens count as if nothing had happened,
-which is what makes such a resume bit-exact.
+*same digest* at the same step. Up to that step both histories are one, and tokens count as if nothing had
+happened, which is what makes such a resume bit-exact.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Branch(msgspec.Struct, frozen=True):
 class Birth(NamedTuple):
     """The step of the surviving history that a version counts as.
 
-    ``is_settled`` is False while it is not known yet whether the surviving history will walk the same way;
-    ``step`` is then the branch point, the pessimistic answer.
+    ``is_settled`` is False while it is not known yet whether the surviving history will walk the same way to
+    the end; ``step`` is then the last step that is known to be shared, the pessimistic answer.
     """
 
     step: int
@@ -79,7 +79,10 @@ class LineageTree:
 
     def at(self, step: int) -> Version:
         """Return the version that the surviving history has at ``step``."""
-        lineage = self.current
+        return self._on(self.current, step)
+
+    def _on(self, lineage: int, step: int) -> Version:
+        """Return the version that the history of a lineage has at ``step``."""
         while lineage in self._branches and step < self._branches[lineage].step:
             lineage = self._branches[lineage].parent
         return Version(lineage, step)
@@ -99,23 +102,17 @@ class LineageTree:
         last = self._last_shared_step(version.lineage)
         if last is None or version.step <= last:
             return Birth(version.step, True)
-        own, here = self._digests.get(version), self._digests.get(self.at(version.step))
-        if own is None:
-            return Birth(last, True)
-        if here is not None:
-            return Birth(version.step, True) if own == here else Birth(last, True)
-        if self._has_diverged(version, last) or not self._will_be_published(version.step):
-            return Birth(last, True)
-        return Birth(last, False)
-
-    def _has_diverged(self, version: Version, last: int) -> bool:
-        """Whether some step after the branch was published on both sides with different weights."""
-        for step in range(last + 1, version.step):
-            own = self._digests.get(Version(version.lineage, step))
+        birth, is_settled = last, True
+        for step in range(last + 1, version.step + 1):
+            own = self._digests.get(self._on(version.lineage, step))
             here = self._digests.get(self.at(step))
-            if own is not None and here is not None and own != here:
-                return True
-        return False
+            if own is not None and here is None:
+                is_settled = is_settled and not self._will_be_published(step)
+            elif own is not None and own == here:
+                birth = step
+            elif own is not None:
+                return Birth(birth, True)
+        return Birth(birth, is_settled or birth == version.step)
 
     def _will_be_published(self, step: int) -> bool:
         newest = self.newest_published()

@@ -357,6 +357,8 @@ class ClientLink:
         try:
             while not self._turn(time.monotonic()):
                 pass
+        except ProtocolRefusedError as error:
+            self._fail(error)
         except Exception as error:
             # Whatever ends this thread must reach those who wait for it, or they would wait forever.
             log.exception("link of %s ended", self._name)
@@ -399,6 +401,8 @@ class ClientLink:
                     parts, run=self._run, max_message_bytes=self._config.max_message_bytes
                 )
             except WireError as error:
+                if error.code == "protocol":  # the coordinator will never be understood
+                    raise ProtocolRefusedError(error.code, error.detail) from None
                 self.rejected[error.code] += 1
                 self._log_once(error.code, f"refused a message of the coordinator: {error}", now)
                 continue

@@ -35,7 +35,7 @@ from cod_async.wire.seqs import MAX_SPREAD, SeqSet
 MAX_REMEMBERED = 4096
 MAX_REPLACED = 3
 REFUSAL_INTERVAL_S = 0.25
-FATAL_CODES = frozenset({"protocol", "wrong_run", "session_replaced"})
+FATAL_CODES = frozenset({"protocol", "session_replaced"})
 CloseReason = Literal["expired", "replaced", "bye"]
 
 

@@ -9,8 +9,6 @@ is ``log_softmax(logits / temperature)`` at the token, before any nucleus cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -95,14 +93,3 @@ def sample(
     # The first index whose cumulative mass exceeds the target: a token of probability 0 is never that index.
     tokens = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
     return tokens[:, 0].numpy(), logprobs.gather(-1, tokens)[:, 0].float().numpy()
-
-
-def reference_sample(logprobs: Sequence[float], uniform: float) -> int:
-    """Scalar twin of :func:`sample` for tests: walk the distribution in float64."""
-    masses = np.exp(np.asarray(logprobs, dtype=np.float64))
-    target, running = uniform * float(masses.sum()), 0.0
-    for token, mass in enumerate(masses):
-        running += float(mass)
-        if running > target:
-            return token
-    return len(masses) - 1
