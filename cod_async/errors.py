@@ -1,8 +1,9 @@
 """Every exception of the project, each one saying what to do.
 
 The tree has one root, :class:`CodError`. The command line turns the two families below into exit codes:
-:class:`InputError` (the user's input is wrong, exit 2, all problems listed, no traceback) and everything else (the
-work failed, exit 1). Code that catches must catch the narrowest class that it can do something about.
+:class:`InputError` (the user's input is wrong, exit 2, all problems listed, no traceback) and everything
+else (the work failed, exit 1). Code that catches must catch the narrowest class that it can do something
+about.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class StoreError(CodError):
 
 
 class WeightsError(CodError):
-    """A published policy version is missing, half written, or its digest does not match; it was not loaded."""
+    """A policy version is missing, half written, or not what its digest says; it was not loaded."""
 
 
 class CheckpointError(CodError):
@@ -77,8 +78,8 @@ class EngineClosedError(EngineError):
 
 
 class InfrastructureError(CodError):
-    """An environment or engine failed through no fault of the policy; the episode is retried, never scored."""
+    """Environment or engine failed, not the policy; the episode is retried, never scored."""
 
 
 class NumericsError(WorkError):
-    """A loss, gradient or log-prob is not finite; the batch was kept for replay and parameters were not touched."""
+    """A loss, gradient or log-prob is not finite; parameters were not touched, the batch was kept."""

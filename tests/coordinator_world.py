@@ -244,6 +244,7 @@ class Actor:
         self.next_seq = 1
         self.request = 0
         self.is_stopped = False
+        self.open_frac = 0.0
         self.connect()
 
     def connect(self) -> None:
@@ -288,7 +289,7 @@ class Actor:
 
     def abandon(self, leases: list[LeaseRef]) -> None:
         for ref in leases:
-            if self.lives.pop(ref, None) is not None and self.rng.random() < 0.5:
+            if self.lives.pop(ref, None) is not None and self.rng.random() < self.open_frac:
                 num_tokens = self.rng.randrange(4)  # an unsealed episode is thrown away
                 self.counters["sampled_tokens"] += num_tokens
                 self.counters["discarded_tokens_cancelled"] += num_tokens

@@ -123,8 +123,8 @@ class ActorWorker:
                     task.result()  # these never return; whatever ended one ends the actor
             await self._leave()
         finally:
-            for task in (stopping, *tasks):
-                task.cancel()
+            for every in (stopping, *tasks):
+                every.cancel()
             await asyncio.gather(stopping, *tasks, return_exceptions=True)
             await self._engine.aclose()
         if self._failure is not None:

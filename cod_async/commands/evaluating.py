@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from rich.console import Console
-
-from cod_async.commands.output import print_json
+from cod_async.commands.output import console_for_people, print_json
 from cod_async.config import load_config, load_resolved
 from cod_async.config.check import check
 from cod_async.config.load import apply_overrides
@@ -186,19 +184,24 @@ def _evaluate(
 def _print(answer: Mapping[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table(title="mean reward by position (± standard error)", title_justify="left")
+    names = [_name(report) for report in answer["reports"]]
+    is_single = len(set(names)) == 1
+    title = f"{names[0]}: " if is_single else ""
+    title += "mean reward by position, and its standard error"
+    table = Table(title=title, title_justify="left")
     width = max(len(report["reward_by_position"]) for report in answer["reports"])
-    for name in ("environment", "worlds", "hint", "checkpoint"):
-        table.add_column(name)
-    for position in range(width):
-        table.add_column(f"task {position}", justify="right")
-    table.add_column("gap", justify="right")
-    for report in answer["reports"]:
-        row = report["rows"][0]
+    for head in ("worlds", "hint") if is_single else ("environment", "worlds", "hint"):
+        table.add_column(head)
+    for head in (*(f"task {position}" for position in range(width)), "gap"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, report in zip(names, answer["reports"], strict=True):
         cells = [f"{point['mean']:.2f} ±{point['sem']:.2f}" for point in report["reward_by_position"]]
         cells += [""] * (width - len(cells))
-        name = f"{row['environment']} {row['preset']}"
-        table.add_row(
-            name, report["split"], report["control"], row["checkpoint"], *cells, f"{report['gap']:+.2f}"
-        )
-    Console().print(table)
+        lead = [] if is_single else [name]
+        table.add_row(*lead, report["split"], report["control"], *cells, f"{report['gap']:+.2f}")
+    console_for_people().print(table)
+
+
+def _name(report: Mapping[str, Any]) -> str:
+    row = report["rows"][0]
+    return f"{row['environment']} {row['preset']}, version {row['checkpoint']}"

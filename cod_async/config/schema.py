@@ -103,11 +103,17 @@ class TinyModelConfig(_Section, frozen=True, kw_only=True):
     """Shape of the model that the bootstrap makes."""
 
     hidden_size: Positive = 64
+    """Width of the residual stream."""
     num_layers: Positive = 2
+    """Transformer blocks; looking up a fact takes two."""
     num_heads: Positive = 4
+    """Query heads; a multiple of ``num_kv_heads``."""
     num_kv_heads: Positive = 2
+    """Key and value heads."""
     head_dim: Positive = 16
+    """Width of a head; even."""
     intermediate_size: Positive = 192
+    """Width of the gated MLP."""
 
 
 class BootstrapConfig(_Section, frozen=True, kw_only=True):
@@ -186,6 +192,9 @@ class TransportConfig(_Section, frozen=True, kw_only=True):
     """Unacknowledged segments per actor."""
     credit_bytes: Positive = 64 << 20
     """Unacknowledged bytes per actor."""
+    ack_journal_dir: str = ""
+    """Folder where every actor process notes each segment acknowledged to it, at most 64 MiB per process: a
+    witness for fault tests, which compare it with the run database. Empty: no such notes."""
 
 
 class StoreConfig(_Section, frozen=True, kw_only=True):
@@ -256,8 +265,9 @@ class LossConfig(_Section, frozen=True, kw_only=True):
     """``one_side``: the paper's mask without importance weight; ``ppo``: clipped ratio; ``none``: policy
     gradient."""
     eps_low: NonNegative = 0.2
+    """Lower clip: a ratio current / behaviour below ``1 - eps_low`` ends a negative advantage's pull."""
     eps_high: NonNegative = 0.2
-    """Clip range of the ratio current / behaviour."""
+    """Upper clip: a ratio above ``1 + eps_high`` ends a positive advantage's pull."""
     behavior_weight: Literal["none", "truncated"] = "none"
     """Multiply by min(current / behaviour, ``weight_cap``), stop-gradient."""
     weight_cap: PositiveFloat = 2.0

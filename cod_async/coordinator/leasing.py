@@ -55,7 +55,9 @@ class Leasing:
         elif request.request <= self._answered.get(session, -1):
             self._answer(session, request.request, [])
         else:
-            self._parked[session] = _Parked(request, self._core.now())
+            before_parked = self._parked.get(session)
+            if before_parked is None or before_parked.request.request != request.request:
+                self._parked[session] = _Parked(request, self._core.now())
             self._serve(session)
 
     def tick(self) -> None:

@@ -1,7 +1,8 @@
 """What an engine owes the rollout loop: token ids in; token ids, log-probs and policy versions out.
 
-The same protocol is spoken by the embedded torch engine and by SGLang. It never sees text, never re-tokenises, and is
-truthful about versions: every generated token knows the weights that made it, also when weights change in flight.
+The same protocol is spoken by the embedded torch engine and by SGLang. It never sees text, never
+re-tokenises, and is truthful about versions: every generated token knows the weights that made it, also when
+weights change in flight.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         max_tokens: most tokens to generate, including the stop token (>= 1).
         stop_ids: generation ends after any of these; the stop token is part of the completion.
         temperature: > 0; reported log-probs are those of the tempered distribution.
-        top_p: in (0, 1]; log-probs are reported before the nucleus cut, so values under 1 are refused for training.
+        top_p: in (0, 1]; log-probs are reported before the nucleus cut, so values under 1 are refused for
+        training.
         seed: with equal weights, prompt and seed the embedded engine samples the same tokens (0 .. 2^63-1).
     """
 
@@ -93,13 +95,14 @@ class Engine(Protocol):
         """Generate one completion of ``token_ids``.
 
         Args:
-            token_ids: the whole row so far; with the same ``session`` as before and extending that row, only the new
-                tokens are computed.
+            token_ids: the whole row so far; with the same ``session`` as before and extending that row, only
+            the new tokens are computed.
             params: sampling parameters.
             session: key of a conversation whose KV cache is kept until :meth:`close_session`.
 
         Raises:
-            EngineError: the engine failed; nothing was scored. Cancelling the awaiting task aborts the request.
+            EngineError: the engine failed; nothing was scored. Cancelling the awaiting task aborts the
+            request.
         """
         ...
 

@@ -1,8 +1,9 @@
 """Numeric arrays as they travel and rest: raw little-endian bytes with a dtype and a length.
 
-Lists of Python numbers cost ten times the size and nineteen times the decoding time, so tokens and log-probs are
-kept as bytes from the moment an episode is sealed until the learner packs it. An :class:`Array` is checked when it is
-decoded (dtype known, byte count equal to length times item size); values are checked by whoever knows their range.
+Lists of Python numbers cost ten times the size and nineteen times the decoding time, so tokens and log-probs
+are kept as bytes from the moment an episode is sealed until the learner packs it. An :class:`Array` is
+checked when it is decoded (dtype known, byte count equal to length times item size); values are checked by
+whoever knows their range.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 DType = Literal["<i4", "<i8", "<f4", "|u1"]
+
+_ITEM_BYTES = {"<i4": 4, "<i8": 8, "<f4": 4, "|u1": 1}
 
 
 class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -28,9 +31,11 @@ class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: bytes
 
     def __post_init__(self) -> None:
-        expected = self.length * np.dtype(self.dtype).itemsize
+        expected = self.length * _ITEM_BYTES[self.dtype]
         if self.length < 0 or len(self.data) != expected:
-            raise ValueError(f"array of {self.length} x {self.dtype} needs {expected} bytes, has {len(self.data)}")
+            raise ValueError(
+                f"array of {self.length} x {self.dtype} needs {expected} bytes, has {len(self.data)}"
+            )
 
     @classmethod
     def of(cls, values: npt.ArrayLike, dtype: DType) -> Array:

@@ -1,11 +1,12 @@
 """The nouns of the system: version, row, segment, and the lifecycle state that a segment carries.
 
-A *lifecycle* is one play-through of a pack of S tasks that share one hidden world: solve 0, update 0, solve 1, …,
-solve S−1. Each part is an *episode*; a finished episode is *sealed* into a :class:`Segment`, the unit on the wire, in
-the run database and of credit assignment. Ordinals count episodes: solve j has ordinal 2j, update j has 2j+1.
+A *lifecycle* is one play-through of a pack of S tasks that share one hidden world: solve 0, update 0, solve
+1, …, solve S−1. Each part is an *episode*; a finished episode is *sealed* into a :class:`Segment`, the unit
+on the wire, in the run database and of credit assignment. Ordinals count episodes: solve j has ordinal 2j,
+update j has 2j+1.
 
-A segment carries everything that is needed to go on from it at another actor (:class:`LifecycleState`), so a lost
-actor costs at most the episode it was playing.
+A segment carries everything that is needed to go on from it at another actor (:class:`LifecycleState`), so a
+lost actor costs at most the episode it was playing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Finish = Literal[
 
 
 class Version(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=True):
-    """Policy version: optimiser step ``step`` on ``lineage``; resuming from a checkpoint opens a new lineage."""
+    """Policy version: optimiser step ``step`` on ``lineage``; a resumed run opens a new lineage."""
 
     lineage: int
     step: int
@@ -49,8 +50,10 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         token_ids: int32 [T], prompt and generated tokens in order; never re-tokenised.
-        action_spans: half-open [start, stop) ranges over T, ascending and disjoint; tokens the policy generated.
-        behavior_logprobs: float32 [A], A = total length of the spans; natural log, at sampling, after temperature.
+        action_spans: half-open [start, stop) ranges over T, ascending and disjoint; tokens the policy
+        generated.
+        behavior_logprobs: float32 [A], A = total length of the spans; natural log, at sampling, after
+        temperature.
         versions: run-length coded policy versions of the A action tokens, in order.
         planes: optional named per-token byte planes [T] (reserved: MoE router choices, other scores).
     """

@@ -57,9 +57,8 @@ class EventWriter:
     def write(self, steps: Iterable[Record]) -> None:
         """Add step records."""
         for record in steps:
-            walltime = record.get("time_s")
             for tag, value in scalars(record).items():
-                self._writer.add_scalar(tag, value, global_step=int(record["step"]), walltime=walltime)
+                self._writer.add_scalar(tag, value, global_step=int(record["step"]))
 
     def close(self) -> None:
         """Flush and close."""

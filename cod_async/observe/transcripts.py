@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from cod_async.config.load import write_atomic
-from cod_async.errors import InputError
 from cod_async.lifecycle.rendering import TextTokenizer
 from cod_async.lifecycle.segment import Row, Segment
 from cod_async.store.schema import connect_reader
@@ -133,21 +132,3 @@ def _render(episodes: list[tuple[Segment, dict[str, Any]]], tokenizer: TextToken
         if segment.kind == "update":
             lines += ["", f"Hint from now on: `{segment.state_after.hint.strip()}`"]
     return "\n".join(lines) + "\n"
-
-
-def read_lifecycle(run_dir: Path, group: int, member: int) -> str:
-    """Return the transcript of one lifecycle as Markdown.
-
-    Raises:
-        InputError: the run has no such lifecycle, or its payloads were not retained.
-    """
-    connection = connect_reader(run_dir)
-    try:
-        episodes = _load(connection, group, member)
-    finally:
-        connection.close()
-    if not episodes:
-        raise InputError(
-            f"{run_dir}: no kept segments of lifecycle {group}.{member}; see cod inspect {run_dir}"
-        )
-    return _render(episodes, TextTokenizer(run_dir / "model"))

@@ -25,6 +25,7 @@ from typing import Any, TypeVar, overload
 from cod_async.config.schema import Config, TransportConfig
 from cod_async.errors import CodError, ProtocolRefusedError, WireError
 from cod_async.lifecycle.segment import Segment
+from cod_async.transport.ack_journal import AckJournal
 from cod_async.transport.address import address_source
 from cod_async.transport.connector import AddressSource, Connector
 from cod_async.wire.codec import decode_for_client, encode_body, encode_segment, frame_body
@@ -83,6 +84,7 @@ class ClientLink:
     ) -> None:
         self.rejected: Counter[str] = Counter()
         self._run, self._config, self._name = run, config, name
+        self._journal = AckJournal.of(config, name) if role == "actor" else None
         self._on_message: Callable[[ToClient], object] = _ignore
         self._on_settled: Callable[[int, str | None], object] = _ignore
         self._max_outbox = max_outbox_segments
@@ -222,6 +224,8 @@ class ClientLink:
             outbox_id = self._next_outbox_id
             self._next_outbox_id += 1
             self._unsettled.add(outbox_id)
+            if self._journal is not None:
+                self._journal.offered(outbox_id, segment)
             self._commands.append(lambda now: self._session.offer(raw, lease))
         self._wake()
         return outbox_id
@@ -329,6 +333,9 @@ class ClientLink:
         self._fail(WireError("closed", "the link was closed"))
         self._wake_receiver.close()
         self._wake_sender.close()
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
         return not self._unsettled
 
     def _forget(self, request_id: int) -> None:
@@ -476,6 +483,8 @@ class ClientLink:
         with self._lock:
             done.extend((future, None) for future in self._waiting_for_room)
             self._waiting_for_room.clear()
+            if self._journal is not None:
+                self._journal.settled(settled)
             for outbox_id, reason in settled:
                 self._unsettled.discard(outbox_id)
                 if reason is not None:

@@ -32,9 +32,9 @@ OPERATIONS = {
     "train": 12,
     "train_crash": 2,
     "train_crash_inside": 1,
-    "checkpoint": 2,
+    "checkpoint": 3,
     "learner_dies": 1,
-    "wait": 2,
+    "wait": 1,
 }
 
 
@@ -61,7 +61,9 @@ class History:
 
     def new_actor(self) -> Actor:
         self.num_actors += 1
-        return Actor(self.world, f"actor-{self.num_actors}", rng=self.rng)
+        actor = Actor(self.world, f"actor-{self.num_actors}", rng=self.rng)
+        actor.open_frac = 0.5
+        return actor
 
     def run(self, num_operations: int) -> None:
         names, weights = list(OPERATIONS), list(OPERATIONS.values())
@@ -78,7 +80,7 @@ class History:
                 if actor.lives:
                     self.play(actor, name)
             elif name == "wait":
-                self.world.tick(self.rng.choice([0.5, 2.0, 60.0]))
+                self.world.tick(self.rng.choice([0.5, 2.0, 2.0, 60.0]))
             else:
                 self.train(name)
 

@@ -28,7 +28,8 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["env", "--help"], *([name, "--help"] for name in ("train", "bootstrap", "eval", "credit", "ledger",
+    [["--help"], ["env", "--help"], *([name, "--help"] for name in ("train", "bootstrap", "eval", "credit",
+      "ledger",
       "inspect", "plot", "export", "coordinator", "actor", "learner"))],
     ids=" ".join,
 )  # fmt: skip
@@ -77,7 +78,8 @@ def test_dry_run_shows_configuration_and_plan_and_makes_nothing(
     assert found["config"]["run"]["name"] == "trial"
     # 8 groups of 8 lifecycles of 4 solves and 3 updates
     assert found["plan"]["per_step"] == {
-        "groups": 8, "lifecycles": 64, "segments": 448, "tokens_at_most": 448 * 96, "micro_batches_at_most": 3,
+        "groups": 8, "lifecycles": 64, "segments": 448, "tokens_at_most": 448 * 96,
+        "micro_batches_at_most": 3,
     }  # fmt: skip
     assert found["plan"]["staleness"]["plan_ahead_steps"] == 1
     assert list(tmp_path.iterdir()) == []
@@ -111,7 +113,8 @@ def test_environments(capsys: pytest.CaptureFixture[str]) -> None:
     assert {entry["name"] for entry in listed} >= {"hidden_buttons", "frozen_lake_obscure"}
     assert set(listed[0]) == {"name", "presets", "positions", "hidden"}
     shown = answer(
-        capsys, "env", "show", "frozen_lake_obscure", "--pack-seed", "3", "--record", '{"seed": 5, "size": 4, "p": 0.8}',
+        capsys, "env", "show", "frozen_lake_obscure", "--pack-seed", "3", "--record",
+        '{"seed": 5, "size": 4, "p": 0.8}',
         "--position", "1", "--pack-size", "4",
     )  # fmt: skip
     assert set(shown) == {"environment", "hidden", "task"}

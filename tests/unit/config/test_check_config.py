@@ -53,7 +53,7 @@ def test_the_defaults_contradict_nothing(tmp_path: Path) -> None:
         (["staleness.max_lag=1", "weights.publish_every_steps=3"], "weights.publish_every_steps", "most 2"),
         (['groups.close="quorum"'], "groups.quorum_members", "between 2"),
         (['groups.close="quorum"', "groups.quorum_members=9"], "groups.quorum_members", "group_size = 8"),
-        (['groups.close="quorum"', "groups.quorum_members=2", "groups.after_s=1e3"], "groups.after_s", "lower"),
+        (['groups.close="quorum"', "groups.quorum_members=2", "groups.after_s=1e3"], "groups.after_s", "low"),
         (["groups.after_s=3"], "groups.close", "quorum"),
         (['credit_assignment.style="discounted"'], "credit_assignment.gamma", "needs it"),
         (['credit_assignment.style="sliding_window_mean"'], "credit_assignment.window", "needs it"),

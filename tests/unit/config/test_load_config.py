@@ -49,7 +49,8 @@ def test_overrides_have_toml_types_and_reach_list_items(minimal: Path) -> None:
         [minimal],
         [
             'environments.0.preset="cross"', "environments.0.options.num_buttons=4",
-            "run.early_stop.is_enabled=true", "learner.betas=[0.5, 0.6]", "bootstrap.lr=1e-2", "credit_assignment.window=3", "loss.kl_coef=1",
+            "run.early_stop.is_enabled=true", "learner.betas=[0.5, 0.6]",
+            "bootstrap.lr=1e-2", "credit_assignment.window=3", "loss.kl_coef=1",
         ],
     )  # fmt: skip
     assert config.environments[0].preset == "cross"

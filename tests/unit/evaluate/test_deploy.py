@@ -19,9 +19,9 @@ from cod_async.config.schema import (
 )
 from cod_async.engines.base import Completion, EngineCounters, SamplingParams
 from cod_async.errors import EnvironmentInputError, InputError
-from cod_async.evaluate import deploy
-from cod_async.evaluate.deploy import EvaluationRequest, evaluate, evaluate_request
+from cod_async.evaluate.deploy import SPLITS, EvaluationRequest, evaluate, evaluate_request
 from cod_async.evaluate.jobs import EvaluationJob, run_jobs
+from cod_async.evaluate.request import plan
 from cod_async.lifecycle.rendering import load_renderer
 from cod_async.lifecycle.segment import Version, VersionSpan
 
@@ -157,13 +157,13 @@ def test_swapped_alone_adds_the_normal_pass_but_reports_itself_only(
 def test_splits_have_different_worlds_and_equal_seeds_equal_packs(model_dirs: dict[str, Path]) -> None:
     config = config_for("cross")
     worlds = {
-        split: [pack[0].pack_seed for pack in deploy._plan(ask("cross", split=split, num_packs=20), config)]
-        for split in deploy.SPLITS
+        split: [pack[0].pack_seed for pack in plan(ask("cross", split=split, num_packs=20), config)]
+        for split in SPLITS
     }
-    again = [pack[0].pack_seed for pack in deploy._plan(ask("cross", num_packs=20), config)]
+    again = [pack[0].pack_seed for pack in plan(ask("cross", num_packs=20), config)]
     assert worlds["train"] == again
     assert not set(worlds["train"]) & set(worlds["held_out"])
-    other = [pack[0].pack_seed for pack in deploy._plan(ask("cross", num_packs=20, seed=2), config)]
+    other = [pack[0].pack_seed for pack in plan(ask("cross", num_packs=20, seed=2), config)]
     assert other != again
 
 
@@ -186,6 +186,8 @@ def test_wrong_requests_are_named(model_dirs: dict[str, Path]) -> None:
     config = config_for("door")
     with pytest.raises(InputError, match="num_packs 0"):
         evaluate_request(model_dirs["door"], config, ask("door", num_packs=0))
+    with pytest.raises(InputError, match="each once"):
+        evaluate_request(model_dirs["door"], config, ask("door", controls=("blanked", "blanked")))
     with pytest.raises(EnvironmentInputError, match="no preset"):
         evaluate_request(model_dirs["door"], config, ask("maze"))
     with pytest.raises(InputError, match="other hidden worlds"):
@@ -201,7 +203,7 @@ def test_the_real_engine_and_separate_processes_agree(model_dirs: dict[str, Path
             config=config,
             request=ask("door", split=split, controls=("normal", "blanked"), num_packs=4),
         )
-        for split in deploy.SPLITS
+        for split in SPLITS
     ]
     here = run_jobs(jobs)
     there = run_jobs(jobs, num_processes=2, on_progress=told.append)

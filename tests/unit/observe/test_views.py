@@ -52,7 +52,8 @@ def test_scalars_are_flattened_and_the_gap_is_added() -> None:
         "learner": {"loss": 1, "is_ok": True}, "lag_histogram": {"1": 5},
     }  # fmt: skip
     assert scalars(record) == {
-        "lineage": 0.0, "reward_by_position/0": 0.25, "reward_by_position/1": 0.5, "learner/loss": 1.0, "reward_gap": 0.25,
+        "lineage": 0.0, "reward_by_position/0": 0.25, "reward_by_position/1": 0.5, "learner/loss": 1.0,
+        "reward_gap": 0.25,
     }  # fmt: skip
 
 

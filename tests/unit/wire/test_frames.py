@@ -179,7 +179,7 @@ def test_numbers_that_are_not_finite(value: float) -> None:
             target = target[step]
         target[path[-1]] = value
         assert code_of(framed(body_of(hostile))) == "not_finite", path
-    with pytest.raises(WireError, match="not_finite: bye.counters"):
+    with pytest.raises(WireError, match=r"not_finite: bye\.counters"):
         encode(m.Bye(counters={"a": value}), run=RUN, session=1)
     with pytest.raises(WireError, match="not_finite"):
         codec.encode_segment(make_segment(reward=value))
