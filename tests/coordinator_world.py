@@ -1,8 +1,8 @@
 """A small world around the coordinator's brain: scripted actors and a learner, a clock, crashes.
 
-Everything is driven by messages; the actors and the learner keep their own books, independent of the run database, so
-that tests can compare. The weights are a digest of what they were trained on, so a deterministic resume is visible as
-equal digests.
+Everything is driven by messages; the actors and the learner keep their own books, independent of the run
+database, so that tests can compare. The weights are a digest of what they were trained on, so a deterministic
+resume is visible as equal digests.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ class World:
         self.brain = Brain(self.store, self.config, RUN, lambda: self.time)
 
     def crash(self) -> None:
-        """The coordinator dies and starts again; clients keep their sessions and their unacknowledged segments."""
+        """The coordinator dies and starts again; clients keep their sessions and their unacknowledged
+        segments.
+        """
         self.num_crashes += 1
         self.store.close()
         self.reload()
@@ -173,8 +175,17 @@ class World:
             if client is not None:
                 client.receive(message)
 
-    def say(self, session: int, message: ToCoordinator, *, is_lost_before: bool = False, is_lost_after: bool = False) -> Outbox:
-        """Deliver a message; the coordinator may die before it is written, or after the commit and before the reply."""
+    def say(
+        self,
+        session: int,
+        message: ToCoordinator,
+        *,
+        is_lost_before: bool = False,
+        is_lost_after: bool = False,
+    ) -> Outbox:
+        """Deliver a message; the coordinator may die before it is written, or after the commit and before the
+        reply.
+        """
         if is_lost_before:
             self.crash()
             return Outbox()
@@ -186,7 +197,7 @@ class World:
         return self.apply(event)
 
     def fail_inside(self, session: int, message: ToCoordinator, num_instructions: int) -> bool:
-        """Interrupt the transaction after so many database instructions and restart; False if it got through."""
+        """Interrupt the transaction after so many instructions and restart; False if it got through."""
         left = num_instructions
 
         def interrupt() -> int:
@@ -211,9 +222,10 @@ class World:
         assert row is not None
         return Session(session, row.role, row.name, 0.0)
 
-    def open(self, role: str, name: str, instance: int = 0) -> int:
+    def open(self, client: Actor | Learner, role: str, name: str, instance: int = 0) -> int:
         hello = Hello(role=role, name=name, protocol=1, pid=1, host="h", instance=instance)  # type: ignore[arg-type]
         session = self.brain.allocate(hello)
+        self.clients[session] = client
         self.apply(Opened(self.session(session), False))
         return session
 
@@ -229,7 +241,9 @@ class World:
 class Actor:
     """Plays leases one episode at a time and keeps its own books."""
 
-    def __init__(self, world: World, name: str = "actor-0", instance: int = 0, rng: random.Random | None = None) -> None:
+    def __init__(
+        self, world: World, name: str = "actor-0", instance: int = 0, rng: random.Random | None = None
+    ) -> None:
         self.world = world
         self.name = name
         self.rng = rng or random.Random(0)
@@ -248,8 +262,7 @@ class Actor:
         self.connect()
 
     def connect(self) -> None:
-        self.session = self.world.open("actor", self.name, self.instance)
-        self.world.clients[self.session] = self
+        self.session = self.world.open(self, "actor", self.name, self.instance)
         if self.world.brain.manifest is not None:
             self.version = max(self.version, self.world.brain.manifest.version)
 
@@ -276,7 +289,10 @@ class Actor:
             case Leases(request=request, leases=leases) if request == self.request:
                 for lease in leases:
                     if lease.ref not in self.lives:
-                        assert self.version >= lease.min_version or self.version.lineage == lease.min_version.lineage
+                        assert (
+                            self.version >= lease.min_version
+                            or self.version.lineage == lease.min_version.lineage
+                        )
                         self.lives[lease.ref] = (lease, lease.state or LifecycleState(0, ""))
             case Fence(leases=leases):
                 self.abandon(leases)
@@ -307,7 +323,9 @@ class Actor:
 
     def ask(self, num_lifecycles: int = 4, **crash: bool) -> None:
         self.request += 1
-        self.world.say(self.session, LeaseRequest(request=self.request, num_lifecycles=num_lifecycles), **crash)
+        self.world.say(
+            self.session, LeaseRequest(request=self.request, num_lifecycles=num_lifecycles), **crash
+        )
 
     def seal(self, ref: LeaseRef, reward: float | None = None, num_tokens: int | None = None) -> int:
         """Play one episode into the outbox and return its sequence number."""
@@ -382,14 +400,16 @@ class Learner:
         self.messages: list[ToClient] = []
         self.opened: LineageOpened | None = None
         self.should_stop = False
+        self.version = Version(0, 0)
         start = checkpoint or LearnerCheckpoint(None, "", ("start",), ())
         self.trained_digest = start.trained_digest
         self.weights_by_step = list(start.weights)
         self.history: list[list[TrainItem]] = [list(items) for items in start.history]
-        self.session = world.open("learner", "learner", id(self))
-        world.clients[self.session] = self
+        self.session = world.open(self, "learner", "learner", id(self))
         self.nonce = nonce or hashlib.sha256(f"{world.time}-{self.session}".encode()).hexdigest()[:16]
-        self.open_message = OpenLineage(branch=start.version, trained_digest=self.trained_digest, nonce=self.nonce)
+        self.open_message = OpenLineage(
+            branch=start.version, trained_digest=self.trained_digest, nonce=self.nonce
+        )
         world.say(self.session, self.open_message)
         if self.opened is None:
             self.refused = [m for m in self.messages if isinstance(m, Refused)]
@@ -447,7 +467,9 @@ class Learner:
 
     def checkpoint(self) -> LearnerCheckpoint:
         path = f"checkpoints/{self.version.step}"
-        message = Checkpointed(version=self.version, path=path, digest="d", trained_digest=self.trained_digest)
+        message = Checkpointed(
+            version=self.version, path=path, digest="d", trained_digest=self.trained_digest
+        )
         self.world.say(self.session, message)
         history = tuple(tuple(items) for items in self.history)
         return LearnerCheckpoint(self.version, self.trained_digest, tuple(self.weights_by_step), history)
@@ -473,7 +495,8 @@ class LearnerCheckpoint(msgspec.Struct, frozen=True):
 def true_lag(world: World, learner: Learner, version: Version, step: int) -> int:
     """The lag of a token by comparing whole weight histories: the oracle for the coordinator's rule.
 
-    The token counts as the last step at which the history that generated it and the surviving one had equal weights.
+    The token counts as the last step at which the history that generated it and the surviving one had equal
+    weights.
     """
     theirs = world.weights_of_lineage[version.lineage][: version.step + 1]
     ours = learner.weights_by_step[: step + 1]

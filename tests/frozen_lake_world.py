@@ -16,7 +16,6 @@ from tokenizers import AddedToken, Tokenizer
 
 from cod_async.config.schema import Config
 from cod_async.envs import registry
-from cod_async.envs.base import TaskSpec
 from cod_async.lifecycle.hint import prompts_for
 from cod_async.lifecycle.packs import plan_pack
 from cod_async.lifecycle.rendering import load_renderer
@@ -30,26 +29,11 @@ THOUGHT = "Let me see. "
 HIDDEN_SIZE = 32
 
 
-def _tasks(config: Config) -> list[TaskSpec]:
-    plan = plan_pack(config.environments, config.lifecycle.pack_size, config.run.seed, 0)
-    return [
-        TaskSpec(
-            environment=plan.environment,
-            preset=plan.preset,
-            options=plan.options,
-            record=record,
-            pack_seed=plan.pack_seed,
-            position=position,
-            pack_size=len(plan.records),
-        )
-        for position, record in enumerate(plan.records)
-    ]
-
-
 def _write_tokenizer(folder: Path, config: Config) -> int:
     """A byte-level ChatML tokenizer made from the prompts of one pack, and one token for each phrase."""
     texts = []
-    for task in _tasks(config):
+    plan = plan_pack(config.environments, config.lifecycle.pack_size, config.run.seed, group=0)
+    for task in plan.tasks():
         spec = registry.get(task.environment)
         environment = spec.make(spec.options(task.preset, task.options))
         observation = environment.reset(task)

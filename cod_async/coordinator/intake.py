@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 MAX_STRIKES = 3
 STRIKE_WINDOW_S = 60.0
 MAX_EARLY_PER_LIFECYCLE = 4
+LOG_INTERVAL_S = 10.0
+"""Drops are counted one by one and logged at most this often per actor and reason."""
 
 
 class _Early(NamedTuple):
@@ -43,6 +45,7 @@ class Intake:
         self._grouping = grouping
         self._strikes: dict[int, deque[float]] = {}
         self._early: dict[tuple[int, int], list[_Early]] = {}
+        self._logged_at: dict[tuple[str, str], float] = {}
         self.expelled: set[int] = set()
 
     def take(self, session: int, data: SegmentData) -> None:
@@ -181,11 +184,13 @@ class Intake:
         if core.store.segments.refuse(refusal):
             core.count_drop(reason, 1, num_tokens)
             _, name = core.sessions.get(session, ("actor", "?"))
-            log.log(
-                logging.WARNING if is_strike else logging.INFO,
-                "run %s: dropped segment %s (lease epoch %d) of %s: %s: %s",
-                *(core.run, segment.key, segment.lease_epoch, name, reason, detail[:200]),
-            )
+            if core.now() - self._logged_at.get((name, reason), -LOG_INTERVAL_S) >= LOG_INTERVAL_S:
+                self._logged_at[name, reason] = core.now()
+                log.log(
+                    logging.WARNING if is_strike else logging.INFO,
+                    "run %s: dropped segment %s (lease epoch %d) of %s: %s: %s",
+                    *(core.run, segment.key, segment.lease_epoch, name, reason, detail[:200]),
+                )
         core.out.settle(session, seq, reason)
         if is_strike:
             self._strike(session, reason)

@@ -75,7 +75,10 @@ class Service:
         log.info("run %s: listening on %s", config.run.name, self._link.address)
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM and SIGINT: finish the commit under way and leave; clients find a successor."""
+        """Handle SIGTERM and SIGINT: finish the commit under way and leave; clients find a successor.
+
+        A run that is over is wound up first.
+        """
         self._is_told_to_stop = True
 
     def run(self) -> int:
@@ -83,7 +86,7 @@ class Service:
         status_at = 0.0
         over_at: float | None = None
         has_met_anyone = False
-        while not self._is_told_to_stop:
+        while not (self._is_told_to_stop and not self._brain.finished):
             self.turn()
             now = time.monotonic()
             has_met_anyone = has_met_anyone or self._brain.num_live_sessions > 0
@@ -95,6 +98,11 @@ class Service:
                 over_at = None
                 continue
             over_at = over_at or now + (self._config.run.grace_s if has_met_anyone else IDLE_EXIT_S)
+            if (
+                self._is_told_to_stop
+            ):  # the run is over anyway: let the last clients say goodbye, but not for long
+                over_at = min(over_at, now + self._config.run.grace_s / 3)
+                self._is_told_to_stop = False
             if now > over_at or (has_met_anyone and self._brain.num_live_sessions == 0):
                 self._brain.close_run()
                 log.info("run %s: over (%s)", self._config.run.name, self._brain.finished)

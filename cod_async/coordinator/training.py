@@ -118,12 +118,7 @@ class Training:
         history = self._core.store.history
         if history.trained_digest(branch) == digest:
             return True
-        lineage: int | None = branch.lineage
-        while lineage is not None and branch.step <= (history.branch_step(lineage) if lineage >= 0 else 0):
-            lineage = history.parent(lineage)
-        if lineage is None:
-            return False
-        planned = history.step(Version(lineage, branch.step - 1))
+        planned = history.step_before(branch)
         if planned is None or planned.state != "planned" or planned.trained_digest != digest:
             return False
         history.finish_step(planned.version, planned.report)

@@ -47,6 +47,8 @@ FINAL_NAME = "final"
 _LOOP_S = 0.2
 _FINISH_TIMEOUT_S = 10.0
 """The learner's last word reaches the database within this time of its end."""
+_LEAVE_S = 2.0
+"""Actors that said goodbye end within this time after the coordinator; others are told to."""
 _START_TIMEOUT_S = 60.0
 """The coordinator must have an address within this time."""
 
@@ -278,9 +280,11 @@ class _Launch:
                 self._progress.training(self._history)
                 events.plot_if_due()
                 time.sleep(_LOOP_S)
-            # The coordinator tells the actors to stop, waits for their last words, and ends.
+            # The coordinator tells the actors to stop, waits for their last words, and ends. An actor that was
+            # only just starting never spoke to it, and would look for it until it is stopped.
             supervisor.let_go("learner", "actor", "coordinator")
-            supervisor.wait(self._config.run.grace_s, "learner", "actor", "coordinator")
+            supervisor.wait(self._config.run.grace_s, "learner", "coordinator")
+            supervisor.wait(_LEAVE_S, "actor")
             events.write(self._history.add(self._reader.poll()))
         finally:
             events.close()

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,7 @@ def child_environment(num_threads: int) -> dict[str, str]:
     Two OpenMP threads on a busy core are far slower than one, so every process gets what its config says and
     no more.
     """
-    import cod_async
-    import cod_kernels
-
-    roots = [str(Path(cod_async.__file__).resolve().parent.parent), *_roots_of(cod_kernels)]
+    roots = [*_roots_of("cod_async"), *_roots_of("cod_kernels")]
     known = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     paths = [*dict.fromkeys([*roots, *known])]
     return {
@@ -192,8 +190,10 @@ def child_environment(num_threads: int) -> dict[str, str]:
     }
 
 
-def _roots_of(package: Any) -> list[str]:
-    return [str(Path(entry).resolve().parent) for entry in package.__path__]
+def _roots_of(package: str) -> list[str]:
+    spec = find_spec(package)  # looked up, not imported: the kernels would load torch into the launcher
+    locations = () if spec is None else spec.submodule_search_locations or ()
+    return [str(Path(entry).resolve().parent) for entry in locations]
 
 
 def cod_command(*arguments: str) -> list[str]:

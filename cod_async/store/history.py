@@ -141,21 +141,22 @@ class HistoryTable:
         return self.branch_step(lineage) if last is None else int(last) + 1
 
     def trained_digest(self, version: Version) -> str | None:
-        """Return the digest of everything trained before ``version``; None when that history was never
-        walked.
-        """
-        lineage: int | None = version.lineage
+        """Return the digest of all that was trained before ``version``; None for an unknown history."""
         if version.step == 0:
             return EMPTY_TRAINED_DIGEST
-        while (
-            lineage is not None and self._has_lineage(lineage) and version.step <= self.branch_step(lineage)
-        ):
+        before = self.step_before(version)
+        return None if before is None or before.done_at is None else before.trained_digest
+
+    def step_before(self, version: Version) -> StepRow | None:
+        """Return the step that led to ``version``, wherever on its ancestry it was taken; None if unknown."""
+        lineage: int | None = version.lineage
+        while lineage is not None:
+            if not self._has_lineage(lineage):
+                return None
+            if version.step > self.branch_step(lineage):
+                return self.step(Version(lineage, version.step - 1))
             lineage = self.parent(lineage)
-        found = self._connection.execute(
-            "SELECT trained_digest FROM steps WHERE lineage = ? AND step = ? AND done_at IS NOT NULL",
-            (lineage, version.step - 1),
-        ).fetchone()
-        return None if found is None else str(found[0])
+        return None
 
     def _has_lineage(self, lineage: int) -> bool:
         return (

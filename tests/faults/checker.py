@@ -242,7 +242,9 @@ def _check_chain(
             verdict.expect(
                 known is None or known[0] == record["digest"], f"{folder.name}: another digest is recorded"
             )
-    verdict.expect(last is not None and last[1] == wanted, f"the last checkpoint is {last}, not step {wanted}")
+    verdict.expect(
+        last is not None and last[1] == wanted, f"the last checkpoint is {last}, not step {wanted}"
+    )
 
 
 def _check_winners(verdict: Verdict, database: sqlite3.Connection) -> None:

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.faults.checker import check_run
-from tests.faults.runner import START_S, DrilledRun, DrillError, wait_for
+from .checker import check_run
+from .runner import START_S, DrilledRun, DrillError, wait_for
 
 KILLED = ("actor", "coordinator", "learner", "everything")
 ROLES = (*KILLED, "launcher", "interrupt", "pause")
@@ -239,7 +239,9 @@ class Drill:
                 return None
         finally:
             run.kill(pids[name], signal.SIGCONT)
-        back = "SELECT 1 FROM segments JOIN sessions USING (session) WHERE name = ? AND pid = ? AND session > ?"
+        back = (
+            "SELECT 1 FROM segments JOIN sessions USING (session) WHERE name = ? AND pid = ? AND session > ?"
+        )
         self._wait_or_over(
             run,
             lambda: bool(run.ask(back, name, pids[name], session)),
@@ -272,10 +274,20 @@ def table(roles: list[dict[str, Any]], kills: int, seed: int) -> str:
             return sum(run.get("counts", {}).get(name, 0) for run in part["runs"])
 
         recovering = sum(bool(f.get("is_in_recovery")) for run in part["runs"] for f in run["faults"])
-        cells = [part["role"], part["num_faults"], recovering, part["num_runs"], total("acked"), total("trained")]
+        cells = [
+            part["role"],
+            part["num_faults"],
+            recovering,
+            part["num_runs"],
+            total("acked"),
+            total("trained"),
+        ]
         cells += [total("rolled_back_steps"), total("takeovers"), total("refused"), part["num_problems"]]
-        lines.append("| " + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in [*cells]) +
-                     f" | {part['wall_s']:.0f} |")
+        lines.append(
+            "| "
+            + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in [*cells])
+            + f" | {part['wall_s']:.0f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -302,7 +314,9 @@ def main(arguments: list[str] | None = None) -> int:
             is_added = options.role == "all" and role not in KILLED
             wanted = max(1, options.kills // SHORT_FRACTION) if is_added else options.kills
             # Seeded by role, so that one role alone does what it does among all.
-            drill = Drill(folder, role, random.Random(f"{options.seed}-{role}"), lambda line: print(line, flush=True))
+            drill = Drill(
+                folder, role, random.Random(f"{options.seed}-{role}"), lambda line: print(line, flush=True)
+            )
             part = drill.go(wanted)
             parts.append(part)
             is_good = is_good and part["num_faults"] >= wanted and part["num_problems"] == 0

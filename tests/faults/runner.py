@@ -21,7 +21,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).with_name("drill.toml")
-POLL_S = 0.05
+POLL_S = 0.1
 START_S = 90.0
 """A process is up again and has made progress within this time, on a busy machine too."""
 
@@ -111,9 +111,7 @@ class DrilledRun:
         try:
             return self.launcher.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise DrillError(
-                f"{self.run_dir.name}: not over after {timeout_s:g} s; {self.tail()}"
-            ) from None
+            raise DrillError(f"{self.run_dir.name}: not over after {timeout_s:g} s; {self.tail()}") from None
 
     def destroy(self) -> None:
         """Kill whatever is left; for the end of a drill that failed."""
@@ -187,7 +185,9 @@ class DrilledRun:
         if role == "actor":
             return bool(
                 self.ask(
-                    "SELECT 1 FROM segments JOIN sessions USING (session) WHERE name = ? AND pid = ?", name, pid
+                    "SELECT 1 FROM segments JOIN sessions USING (session) WHERE name = ? AND pid = ?",
+                    name,
+                    pid,
                 )
             )
         return self.num_segments() > since.num_segments and self.step() > since.step

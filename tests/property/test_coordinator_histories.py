@@ -1,4 +1,6 @@
-"""Random histories of actors, a learner and crashes; the books of all three must agree, and nothing may get stuck."""
+"""Random histories of actors, a learner and crashes; the books of all three must agree, and nothing may get
+stuck.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from coordinator_world import MEMORY_FOLDER, RUN, Actor, Learner, LearnerCheckpoint, World, make_config, true_lag
+from coordinator_world import (
+    MEMORY_FOLDER,
+    RUN,
+    Actor,
+    Learner,
+    LearnerCheckpoint,
+    World,
+    make_config,
+    true_lag,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +52,9 @@ OPERATIONS = {
 class History:
     """One random history."""
 
-    def __init__(self, folder: Path, seed: int, *, max_lag: int, on_bound: str, is_deterministic: bool) -> None:
+    def __init__(
+        self, folder: Path, seed: int, *, max_lag: int, on_bound: str, is_deterministic: bool
+    ) -> None:
         self.rng = random.Random(seed)
         self.config = make_config(
             staleness={"max_lag": max_lag, "on_bound": on_bound},
@@ -125,7 +138,9 @@ class History:
             if learner.batch is not None:
                 self.check_batch()
                 noise = "" if self.is_deterministic else str(self.rng.random())
-                crash = {self.rng.choice(["is_lost_before", "is_lost_after"]): True} if "crash" in name else {}
+                crash = (
+                    {self.rng.choice(["is_lost_before", "is_lost_after"]): True} if "crash" in name else {}
+                )
                 learner.take_step(noise, **crash)
 
     def check_batch(self) -> None:
@@ -159,7 +174,7 @@ class History:
         assert answer["tokens"]["trained"] == sum(
             row.num_action_tokens for items in self.learner.history for item in items for row in item.rows
         )
-        dropped = sum((actor.dropped for actor in everyone), Counter())
+        dropped: Counter[str] = sum((actor.dropped for actor in everyone), Counter())
         for reason in ("wrong_world", "fenced"):
             assert answer["segments"]["dropped"].get(reason, 0) >= (dropped[reason] > 0)
         if not self.num_rollbacks and self.config.staleness.on_bound == "wait":
@@ -183,7 +198,9 @@ class History:
         raise AssertionError(f"stuck at {self.learner.version}: {self.world.brain.status()}")
 
     def check_everything_counted(self) -> None:
-        """Once everybody has left, generated is exactly what the survivors sealed plus what is known of the dead."""
+        """Once everybody has left, generated is exactly what the survivors sealed plus what is known of the
+        dead.
+        """
         for actor in self.actors:
             actor.leave()
         answer, problems = ledger_with_problems(self.world.folder)
@@ -199,16 +216,25 @@ def _fields(segment: object) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     ("max_lag", "on_bound", "is_deterministic"),
-    [(0, "wait", False), (0, "wait", True), (1, "wait", False), (3, "wait", False), (3, "wait", True), (2, "expire", False)],
+    [
+        (0, "wait", False),
+        (0, "wait", True),
+        (1, "wait", False),
+        (3, "wait", False),
+        (3, "wait", True),
+        (2, "expire", False),
+    ],
 )
 @given(seed=st.integers(0, 1 << 32))
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-def test_random_histories_keep_their_books(max_lag: int, on_bound: str, is_deterministic: bool, seed: int) -> None:
+def test_random_histories_keep_their_books(
+    max_lag: int, on_bound: str, is_deterministic: bool, seed: int
+) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER) as folder:
         history = History(
             Path(folder), seed, max_lag=max_lag, on_bound=on_bound, is_deterministic=is_deterministic
         )
-        assert RUN == history.config.run.name
+        assert history.config.run.name == RUN
         for _ in range(3):
             history.run(50)
             history.check_books()

@@ -172,7 +172,9 @@ def test_an_actor_cannot_send_for_another_ones_lease(actor: Actor) -> None:
 
 
 def test_no_carry_has_solve_episodes_only(make_world: MakeWorld) -> None:
-    world = make_world(lifecycle={"carry": "none", "pack_size": 3, "group_size": 2}, learner={"groups_per_step": 1})
+    world = make_world(
+        lifecycle={"carry": "none", "pack_size": 3, "group_size": 2}, learner={"groups_per_step": 1}
+    )
     learner = Learner(world)
     actor = Actor(world)
     actor.ask(2)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from coordinator_world import Actor, Learner, World
 
 from cod_async.lifecycle.segment import Version
-from cod_async.wire.messages import Fence, Heartbeat, LeaseRef, LeaseRequest, Leases, LeaseReturn, Refused
+from cod_async.wire.messages import Fence, Heartbeat, LeaseRef, LeaseRequest, LeaseReturn, Leases, Refused
 
 MakeWorld = Callable[..., World]
 
@@ -83,7 +83,9 @@ def test_an_old_request_that_was_answered_empty_grants_nothing(make_world: MakeW
     actor.ask()
     world.tick(1.0)
     Learner(world)
-    world.say(actor.session, LeaseRequest(request=1, num_lifecycles=4))  # a repetition that crossed the answer
+    world.say(
+        actor.session, LeaseRequest(request=1, num_lifecycles=4)
+    )  # a repetition that crossed the answer
     assert answers(actor)[-1].leases == [] and world.store.work.count_leases()["held"] == 0
 
 
@@ -132,7 +134,9 @@ def test_a_zombie_is_fenced(make_world: MakeWorld) -> None:
     zombie.send(seq)
     assert zombie.dropped == {"fenced": 1}
     assert fences(zombie) == [("fenced", [LeaseRef(0, 0, 0)])]
-    rows = world.store._connection.execute("SELECT ordinal, lease_epoch FROM segments ORDER BY ordinal").fetchall()
+    rows = world.store._connection.execute(
+        "SELECT ordinal, lease_epoch FROM segments ORDER BY ordinal"
+    ).fetchall()
     assert rows == [(0, 0), (1, 1)]
 
 
@@ -144,7 +148,9 @@ def test_given_back_leases_are_retried_and_then_given_up(make_world: MakeWorld) 
         actor.ask(1)
         assert next(iter(actor.lives)) == LeaseRef(0, 0, epoch)
         actor.give_back(LeaseRef(0, 0, epoch))
-        world.say(actor.session, LeaseReturn(lease=LeaseRef(0, 0, epoch), reason="infrastructure"))  # repeated
+        world.say(
+            actor.session, LeaseReturn(lease=LeaseRef(0, 0, epoch), reason="infrastructure")
+        )  # repeated
     assert state_of(world, 0, 0) == ("given_up", 3, 0, "infrastructure")
 
 

@@ -1,4 +1,4 @@
-"""Admission and selection on numbers worked by hand, and a simulation that must never go stale or get stuck."""
+"""Admission and selection on numbers worked by hand, and a simulation that must not go stale or get stuck."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def running(group: int, birth: int | None) -> GroupView:
 
 
 @pytest.mark.parametrize(
-    ("max_lag", "plan_ahead", "expected"), [(0, -1, 0), (1, -1, 1), (4, -1, 2), (7, -1, 3), (4, 0, 0), (4, 9, 4)]
+    ("max_lag", "plan_ahead", "expected"),
+    [(0, -1, 0), (1, -1, 1), (4, -1, 2), (7, -1, 3), (4, 0, 0), (4, 9, 4)],
 )
 def test_default_plan_ahead(max_lag: int, plan_ahead: int, expected: int) -> None:
     config = make_config(staleness={"max_lag": max_lag, "plan_ahead_steps": plan_ahead})
@@ -105,7 +106,7 @@ def test_what_may_turn_out_younger_is_kept_until_nothing_else_can_happen() -> No
 def test_more_than_can_be_trained_in_time_does_not_block() -> None:
     # after a rollback ten groups count from step 5; only six of them can be trained within the bound
     groups = [closed(index, 5) for index in range(10)]
-    taken = []
+    taken: list[int] = []
     for step in (5, 6, 7, 8):
         choice = choose_groups([g for g in groups if g.group not in taken], step, limits())
         taken += choice.selected

@@ -24,6 +24,7 @@ from cod_async.errors import StoreError
 from cod_async.lifecycle.segment import SegmentKey, Version
 from cod_async.store.database import RunStore
 from cod_async.store.ledger import ledger
+from cod_async.store.trained import extend_trained_digest
 from cod_async.weights.manifest import Manifest
 from cod_async.wire.messages import (
     Bye,
@@ -35,6 +36,7 @@ from cod_async.wire.messages import (
     Published,
     PublishRecorded,
     Refused,
+    SegmentData,
     StepBatch,
     StepDone,
     StepRecorded,
@@ -96,7 +98,9 @@ def test_a_waiting_request_is_answered_when_the_last_group_closes(make_world: Ma
     world = make_world()
     learner, actor = Learner(world), Actor(world)
     learner.request_step()
-    assert world.brain.status()["is_learner_waiting"] and world.brain.status()["waits_for"] == "too_few_closed"
+    assert (
+        world.brain.status()["is_learner_waiting"] and world.brain.status()["waits_for"] == "too_few_closed"
+    )
     actor.ask(4)
     actor.play_all()
     assert learner.batch is not None and len(learner.batch[1]) == 12
@@ -125,7 +129,9 @@ def test_a_step_is_recorded_once(make_world: MakeWorld) -> None:
     world.say(learner.session, done)
     world.crash()
     world.say(learner.session, done)
-    assert [m for m in learner.messages if isinstance(m, StepRecorded)] == [StepRecorded(version=Version(0, 0))] * 3
+    assert [m for m in learner.messages if isinstance(m, StepRecorded)] == [
+        StepRecorded(version=Version(0, 0))
+    ] * 3
     assert world.brain.step == 1
     world.say(learner.session, StepDone(version=Version(0, 0), plan_digest="other", metrics={}))
     assert refusals(learner) == [("plan_mismatch", True)]
@@ -193,11 +199,11 @@ def test_a_checkpoint_proves_a_step_whose_report_was_lost(make_world: MakeWorld)
     assert learner.batch is not None
     digest, items = learner.batch
     learner.die()  # it trained and saved, and its StepDone never arrived
-    from cod_async.store.trained import extend_trained_digest
-
     history = (*(tuple(step) for step in learner.history), tuple(items))
     weights = (*learner.weights_by_step, "next")
-    saved = LearnerCheckpoint(Version(0, 2), extend_trained_digest(learner.trained_digest, digest), weights, history)
+    saved = LearnerCheckpoint(
+        Version(0, 2), extend_trained_digest(learner.trained_digest, digest), weights, history
+    )
     again = Learner(world, saved)
     assert again.opened is not None and (again.opened.step, again.opened.num_rolled_back) == (2, 0)
     assert ledger(world.folder)["segments"]["trained"] == sum(map(len, history))
@@ -218,7 +224,9 @@ def test_resume_on_a_branch_that_was_abandoned(make_world: MakeWorld) -> None:
     third = Learner(world, late)
     assert third.opened is not None and (third.opened.lineage, third.opened.step) == (2, 3)
     trained = {item.key for items in late.history for item in items}
-    rows = world.store._connection.execute("SELECT grp, member, ordinal FROM segments WHERE state = 'trained'")
+    rows = world.store._connection.execute(
+        "SELECT grp, member, ordinal FROM segments WHERE state = 'trained'"
+    )
     assert {SegmentKey(*row) for row in rows} == trained
     assert ledger(world.folder)["balanced"]
     train(world, third, actor, 1)
@@ -231,9 +239,9 @@ def test_rolled_back_work_that_became_too_old_is_dropped_by_name(make_world: Mak
     learner.die()
     again = Learner(world)  # from the start: seven groups count from step 0, and only two steps may use them
     for _ in range(4):
+        again.request_step()  # at step 2 this drops what is too old, which makes room for new groups
         actor.ask(64)
         actor.play_all()
-        again.request_step()
         assert again.batch is not None
         again.take_step("noise")
     assert world.brain.status()["drops"]["stale"] >= 9
@@ -241,7 +249,9 @@ def test_rolled_back_work_that_became_too_old_is_dropped_by_name(make_world: Mak
 
 
 def test_expire_drops_what_runs_too_long(make_world: MakeWorld) -> None:
-    world = make_world(staleness={"max_lag": 1, "on_bound": "expire", "plan_ahead_steps": 1}, learner={"groups_per_step": 1})
+    world = make_world(
+        staleness={"max_lag": 1, "on_bound": "expire", "plan_ahead_steps": 1}, learner={"groups_per_step": 1}
+    )
     learner, actor = Learner(world), Actor(world)
     actor.ask(4)
     slow = LeaseRef(0, 0, 0)
@@ -255,7 +265,9 @@ def test_expire_drops_what_runs_too_long(make_world: MakeWorld) -> None:
             learner.take_step()
         actor.ask(4)
     assert slow not in actor.lives
-    assert world.brain.status()["drops"] == {"stale": 4}  # one of the slow member, three of its group's other one
+    assert world.brain.status()["drops"] == {
+        "stale": 4
+    }  # one of the slow member, three of its group's other one
 
 
 def test_prune_keeps_what_a_resume_may_need(make_world: MakeWorld) -> None:
@@ -267,15 +279,15 @@ def test_prune_keeps_what_a_resume_may_need(make_world: MakeWorld) -> None:
         saved.append(learner.checkpoint())
 
     def kept() -> set[int]:
-        rows = world.store._connection.execute("SELECT DISTINCT trained_step FROM segments WHERE payload IS NOT NULL")
+        rows = world.store._connection.execute(
+            "SELECT DISTINCT trained_step FROM segments WHERE payload IS NOT NULL"
+        )
         return {row[0] for row in rows if row[0] is not None}
 
     assert kept() == {4, 5}
-    num_payloads, num_segments = (
-        world.store._connection.execute(f"SELECT count(*) FROM {table} WHERE payload IS NOT NULL").fetchone()[0]
-        for table in ("payloads", "segments")
-    )
-    assert num_payloads == num_segments
+    connection = world.store._connection
+    num_payloads = connection.execute("SELECT count(*) FROM payloads").fetchone()
+    assert num_payloads == connection.execute("SELECT count(payload) FROM segments").fetchone()
     train(world, learner, actor, 1)
     learner.die()
     again = Learner(world, saved[1])  # the newest one is damaged, say
@@ -404,10 +416,14 @@ class DeterministicLearner(Learner):
     def take_step(self, noise: str = "", **crash: bool) -> list[object]:  # type: ignore[override]
         assert self.batch is not None
         items = self.batch[1]
-        content = [(str(item.key), item.advantage, [row.token_ids.data for row in item.rows]) for item in items]
+        content = [
+            (str(item.key), item.advantage, [row.token_ids.data for row in item.rows]) for item in items
+        ]
         super().take_step(noise, **crash)
         del self.weights_by_step[-1]
-        self.weights_by_step.append(hashlib.sha256(repr((self.weights_by_step[-1], content)).encode()).hexdigest())
+        self.weights_by_step.append(
+            hashlib.sha256(repr((self.weights_by_step[-1], content)).encode()).hexdigest()
+        )
         return list(items)
 
     def publish(self, **crash: bool) -> None:
@@ -418,7 +434,9 @@ class DeterministicLearner(Learner):
         super().publish()
 
 
-def play_deterministically(world: World, learner: DeterministicLearner, actor: Actor, num_steps: int, kill: int) -> None:
+def play_deterministically(
+    world: World, learner: DeterministicLearner, actor: Actor, num_steps: int, kill: int
+) -> None:
     """Take steps; with ``kill`` > 0 stop in the middle of the following step after so many segments."""
     for _ in range(num_steps):
         learner.publish_now()
@@ -436,8 +454,8 @@ def play_deterministically(world: World, learner: DeterministicLearner, actor: A
 @pytest.mark.parametrize(("num_after", "kill"), [(0, 0), (0, 3), (3, 0), (3, 5)])
 def test_a_synchronous_run_resumes_bit_for_bit(tmp_path: Path, num_after: int, kill: int) -> None:
     config = make_config(staleness={"max_lag": 0}, learner={"groups_per_step": 2})
-    whole = World(tmp_path / "whole", config) if (tmp_path / "whole").mkdir() is None else None
-    assert whole is not None
+    (tmp_path / "whole").mkdir()
+    whole = World(tmp_path / "whole", config)
     learner = DeterministicLearner(whole)
     play_deterministically(whole, learner, DeterministicActor(whole), 8, 0)
     (tmp_path / "broken").mkdir()
@@ -452,7 +470,9 @@ def test_a_synchronous_run_resumes_bit_for_bit(tmp_path: Path, num_after: int, k
     second = DeterministicLearner(broken, saved)
     play_deterministically(broken, second, DeterministicActor(broken, "actor-1", instance=3), 4, 0)
     assert second.weights_by_step == learner.weights_by_step
-    assert [[i.key for i in step] for step in second.history] == [[i.key for i in step] for step in learner.history]
+    assert [[i.key for i in step] for step in second.history] == [
+        [i.key for i in step] for step in learner.history
+    ]
     answer = ledger(broken.folder)
     assert answer["balanced"] and answer["segments"]["dropped"] == {}
     whole.store.close()
@@ -460,10 +480,12 @@ def test_a_synchronous_run_resumes_bit_for_bit(tmp_path: Path, num_after: int, k
 
 
 def test_a_crash_at_every_database_instruction_of_a_step(make_world: MakeWorld) -> None:
-    """Interrupt each transaction of a small run at many points; in the end nothing is missing and nothing is double."""
+    """Interrupt each transaction of a small run at many points; in the end nothing is missing and nothing is
+    double.
+    """
     world = make_world(learner={"groups_per_step": 1})
     learner, actor = Learner(world), Actor(world)
-    stride = 37  # a prime, so that the points differ from message to message
+    stride = 3  # a prime, so that the points differ from message to message
     while learner.version.step < 2:
         actor.ask(2)
         for ref in list(actor.lives):
@@ -471,19 +493,17 @@ def test_a_crash_at_every_database_instruction_of_a_step(make_world: MakeWorld) 
                 seq = actor.seal(ref)
                 point = 1
                 while seq in actor.outbox:
-                    from cod_async.wire.messages import SegmentData
-
                     data = SegmentData(seq=seq, segment=actor.outbox[seq])
                     connection_failed = world.fail_inside(actor.session, data, point)
                     point += stride
                     assert connection_failed or seq not in actor.outbox
         learner.request_step()
         assert learner.batch is not None
-        digest, items = learner.batch
+        digest, _ = learner.batch
         done = StepDone(version=learner.version, plan_digest=digest, metrics={})
         point = 1
         while world.fail_inside(learner.session, done, point):
-            point += 5 * stride
+            point += stride
         learner.take_step()
     assert world.num_crashes > 50
     actor.heartbeat()

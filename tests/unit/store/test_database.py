@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 
 from cod_async.errors import StoreError
+from cod_async.lifecycle.segment import SegmentKey
 from cod_async.store.database import RunStore
 from cod_async.store.schema import DATABASE_NAME, connect_reader, filesystem_kind, refuse_network_filesystem
 from cod_async.store.trained import EMPTY_TRAINED_DIGEST, extend_trained_digest, plan_digest
-from cod_async.lifecycle.segment import SegmentKey
 
 
 def test_settings_that_make_an_acknowledgement_true(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
-    pragmas = {name: store._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in
-               ("journal_mode", "synchronous", "foreign_keys", "user_version")}
+    pragmas = {
+        name: store._connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("journal_mode", "synchronous", "foreign_keys", "user_version")
+    }
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "user_version": 1}
     store.close()
 
@@ -50,7 +52,9 @@ def test_full_disk_is_a_store_error_and_loses_nothing_committed(tmp_path: Path) 
     store = RunStore(tmp_path)
     with store.transaction():
         store.set_meta("kept", "yes")
-    store._connection.execute(f"PRAGMA max_page_count = {store._connection.execute('PRAGMA page_count').fetchone()[0]}")
+    store._connection.execute(
+        f"PRAGMA max_page_count = {store._connection.execute('PRAGMA page_count').fetchone()[0]}"
+    )
     with pytest.raises(StoreError, match="free disk space"), store.transaction():
         store.set_meta("big", "x" * 1_000_000)
     assert (store.get_meta("kept"), store.get_meta("big")) == ("yes", None)
@@ -114,4 +118,6 @@ def test_trained_digests() -> None:
         assert plan_digest(changed) != digest
     assert EMPTY_TRAINED_DIGEST == ""
     # sha256("" + "abc") from any shell: printf abc | sha256sum
-    assert extend_trained_digest("", "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        extend_trained_digest("", "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )

@@ -5,7 +5,7 @@ from cod_async.store.lineage import Birth, Branch, LineageTree
 
 
 def digests(**lineages: str) -> dict[Version, str]:
-    """``l0="abc"``: lineage 0 published "a" at its step 0, "b" at step 1, …; a dot is a step not published."""
+    """``l0="abc"``: lineage 0 published "a" at step 0, "b" at step 1, …; a dot is not published."""
     return {
         Version(int(name[1:]), step): letter
         for name, letters in lineages.items()
@@ -51,9 +51,7 @@ def test_equal_again_after_diverging_does_not_count() -> None:
 
 def test_branches_of_branches() -> None:
     # 0: steps 0..5; 1 leaves 0 at 2; 2 leaves 0 at 4: what 1 did is abandoned and counts from 2
-    tree = LineageTree(
-        {1: Branch(0, 2), 2: Branch(0, 4)}, 2, digests(l0="abcdef", l1="..cXY", l2="....eZ")
-    )
+    tree = LineageTree({1: Branch(0, 2), 2: Branch(0, 4)}, 2, digests(l0="abcdef", l1="..cXY", l2="....eZ"))
     assert tree.birth(Version(1, 4)) == Birth(2, True)
     assert tree.birth(Version(0, 4)) == Birth(4, True)
     assert tree.birth(Version(0, 5)) == Birth(4, True)
