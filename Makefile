@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3 python,$(if $(shell command -v $(name) 2>/dev/null),$(name))))
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# Rounds of each fault in `make faults`; the continuous integration uses fewer.
+# Faults of each kind in `make faults`.
 FAULT_ROUNDS ?= 20
 SOAK_S ?= 3600
 STAMP := $(VENV)/.installed
@@ -19,10 +19,10 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint types format faults soak bench clean
+.PHONY: help setup quickstart test lint types format faults faults-short soak bench clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP) ## make .venv with pinned versions
 
@@ -55,10 +55,13 @@ format: $(STAMP) ## rewrite files in the project's format
 	$(BIN)/ruff format .
 
 faults: $(STAMP) ## kill -9 everything, FAULT_ROUNDS times each, and check that nothing is lost or trained twice
-	COD_FAULT_ROUNDS=$(FAULT_ROUNDS) $(BIN)/python -m pytest tests/faults -m fault --timeout 7200 $(PYTEST_ARGS)
+	$(BIN)/python -m tests.faults.drill --role all --kills $(FAULT_ROUNDS) --report docs/reports/faults.json
 
-soak: $(STAMP) ## kill a random process every few seconds for SOAK_S seconds
-	COD_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest tests/faults -m fault -k soak --timeout 0 $(PYTEST_ARGS)
+faults-short: $(STAMP) ## the same, five times each, and without a report
+	$(BIN)/python -m tests.faults.drill --role all --kills 5
+
+soak: $(STAMP) ## kill random processes of run after run for SOAK_S seconds
+	$(BIN)/python -m tests.faults.drill --role mixed --soak $(SOAK_S)
 
 bench: $(STAMP) ## measure speed side by side and print ratios
 	@for script in bench/*/*.py; do case $$script in *__init__.py) ;; *) \

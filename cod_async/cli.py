@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cod_async.errors import CodError, InputError
+from cod_async.errors import CodError, InputError, StoreError
 
 app = typer.Typer(
     name="cod",
@@ -200,7 +201,9 @@ def ledger(run: RunFolder, as_json: AsJson = False) -> None:
     from cod_async.commands.output import print_answer
     from cod_async.store.ledger import ledger as read_ledger
 
-    print_answer(read_ledger(_run_folder(run)), as_json, f"ledger of {run}")
+    with _database_as_input():
+        answer = read_ledger(_run_folder(run))
+    print_answer(answer, as_json, f"ledger of {run}")
 
 
 @app.command()
@@ -215,7 +218,9 @@ def inspect(
     from cod_async.commands.output import print_answer
     from cod_async.store.inspect import inspect_run
 
-    print_answer(inspect_run(_run_folder(run), segment), as_json, f"{run}")
+    with _database_as_input():
+        answer = inspect_run(_run_folder(run), segment)
+    print_answer(answer, as_json, f"{run}")
 
 
 @app.command()
@@ -240,9 +245,13 @@ def export(
 ) -> None:
     """Write a trained version as a Hugging Face model directory."""
     from cod_async.commands.output import print_json
+    from cod_async.config.check import check_new_folder
     from cod_async.launch.export import export_model
 
-    version = export_model(_run_folder(run), out, step)
+    problems = [*_run_folder_problems(run), *check_new_folder("OUT", out)]
+    if problems:
+        raise InputError(problems)
+    version = export_model(run, out, step)
     if as_json:
         print_json({"path": str(out), "version": {"lineage": version.lineage, "step": version.step}})
     else:
@@ -279,9 +288,25 @@ def _run_folder(run: Path) -> Path:
     Raises:
         InputError: it is not.
     """
-    if not (run / "config.json").is_file():
-        raise InputError(f"{run}: no config.json in it; give the folder of a run that was started")
+    problems = _run_folder_problems(run)
+    if problems:
+        raise InputError(problems)
     return run
+
+
+def _run_folder_problems(run: Path) -> list[str]:
+    if (run / "config.json").is_file():
+        return []
+    return [f"{run}: no config.json in it; give the folder of a run that was started"]
+
+
+@contextmanager
+def _database_as_input() -> Iterator[None]:
+    """A command that only reads a run database was given the wrong folder if it cannot be read."""
+    try:
+        yield
+    except StoreError as error:
+        raise InputError(str(error)) from error
 
 
 def _json_object(name: str, text: str) -> dict[str, Any]:

@@ -24,7 +24,9 @@ from cod_async.models.qwen3 import Qwen3, Qwen3Config
 from cod_async.models.tokenizers import write_chatml_tokenizer
 
 ANSWERS = tuple(f"<answer>Direction {code}</answer>" for code in range(1, 5))
-HINTS = tuple(f"=== HINTS BEGIN ===\n- Direction {code} is worth a try.\n=== HINTS END ===" for code in (1, 4))
+HINTS = tuple(
+    f"=== HINTS BEGIN ===\n- Direction {code} is worth a try.\n=== HINTS END ===" for code in (1, 4)
+)
 THOUGHT = "Let me see. "
 HIDDEN_SIZE = 32
 

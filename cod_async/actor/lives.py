@@ -18,6 +18,7 @@ from cod_async.engines.base import Engine
 from cod_async.envs import registry
 from cod_async.envs.base import Environment, TaskSpec
 from cod_async.errors import InfrastructureError, InputError
+from cod_async.lifecycle.episodes import environment_errors
 from cod_async.lifecycle.rendering import Renderer
 from cod_async.lifecycle.rollout import LifecycleSpec, initial_state, play
 from cod_async.lifecycle.segment import LifecycleState, Segment, Version
@@ -30,6 +31,9 @@ class Delivery(Protocol):
     async def deliver(self, segment: Segment) -> asyncio.Future[str | None]:
         """Put a segment into the outbox, waiting for room; the future settles with None or the drop
         reason.
+
+        Raises:
+            WireError: this segment can never be sent; it was thrown away and counted.
         """
         ...
 
@@ -88,6 +92,7 @@ class Life:
 
         Raises:
             LifeOver: the coordinator dropped a segment (fenced, stale, group closed).
+            WireError: a segment can never be sent (too large, not finite).
             InfrastructureError: an episode kept failing after ``actors.max_retries`` retries.
             InputError: the lease cannot be played at all with this configuration.
         """
@@ -135,10 +140,11 @@ class Life:
 
     async def _before_episode(self, ordinal: int) -> None:
         """Hold the next episode until the segment before the last is settled and the engine is new enough."""
-        if self._previous is not None:
-            reason = await asyncio.shield(self._previous)
-            if reason is not None:
-                raise LifeOver(reason)
+        for settled in (self._previous, self._latest):
+            if settled is not None and (settled is self._previous or settled.done()):
+                reason = await asyncio.shield(settled)
+                if reason is not None:
+                    raise LifeOver(reason)
         await self._wait_for_version(self.lease.min_version)
 
 
@@ -157,8 +163,11 @@ def _tasks(lease: Lease) -> tuple[TaskSpec, ...]:
     Raises:
         InputError: options or records are not JSON objects.
     """
-    options = json.loads(lease.options_json)
-    records = [json.loads(text) for text in lease.records_json]
+    try:
+        options = json.loads(lease.options_json)
+        records = [json.loads(text) for text in lease.records_json]
+    except ValueError as error:
+        raise InputError(f"lease {lease.ref}: options or records are not JSON ({error})") from error
     if (
         not isinstance(options, dict)
         or not records
@@ -183,5 +192,6 @@ def _tasks(lease: Lease) -> tuple[TaskSpec, ...]:
 
 def _make_environment(task: TaskSpec) -> Environment:
     """Return a fresh environment for a pack."""
-    spec = registry.get(task.environment)
-    return spec.make(spec.options(task.preset, task.options))
+    with environment_errors(task.environment):
+        spec = registry.get(task.environment)
+        return spec.make(spec.options(task.preset, task.options))

@@ -1,13 +1,13 @@
 """The actor's side of the ledger: every sampled token is accounted for, independently of the run database.
 
-An engine counts what it samples. A :class:`Meter` follows each of those tokens until it is sealed into a
-segment, thrown away for a named reason, or still open in a running episode; a :class:`MeteredEngine` is one
-lifecycle's view of the shared engine that does the following. The identity
+An engine counts what it samples. A :class:`Meter` follows each of those tokens until the coordinator has
+settled the segment that it was sealed into, or it was thrown away for a named reason; a
+:class:`MeteredEngine` is one lifecycle's view of the shared engine that does the following. The identity
 
-    sampled = sealed + discarded (by reason) + aborted by the engine + open
+    sampled = open + outbox + settled + discarded (by reason) + aborted by the engine
 
-holds at every await point, so a coordinator that adds up heartbeats can tell a lost token from a miscounted
-one.
+holds at every await point (a sealed segment that waits for room counts as in the outbox), so a coordinator
+that adds up heartbeats can tell a lost token from a miscounted one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from cod_async.weights.manifest import Manifest
 
 
 class Meter:
-    """Counts of one actor session. All numbers only grow, except the open and outbox gauges."""
+    """Counts of one actor process, over all of its sessions. All numbers only grow, except the open and
+    outbox gauges.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -29,6 +31,8 @@ class Meter:
         self._aborted_before = engine.counters.aborted_tokens
         self._returned_tokens = 0
         self._open_tokens = 0
+        self._outbox_segments = 0
+        self._outbox_tokens = 0
         self._sealed: Counter[str] = Counter()
         self._discarded: Counter[str] = Counter()
 
@@ -38,10 +42,17 @@ class Meter:
         self._open_tokens += num_tokens
 
     def sealed(self, segment: Segment) -> None:
-        """An episode became a segment."""
+        """An episode became a segment, which is in the outbox from now on."""
         self._sealed["segments"] += 1
         self._sealed["tokens"] += segment.num_action_tokens
         self._open_tokens -= segment.num_action_tokens
+        self._outbox_segments += 1
+        self._outbox_tokens += segment.num_action_tokens
+
+    def settled(self, segment: Segment) -> None:
+        """The coordinator has committed or refused a segment; from now on it is in its books."""
+        self._outbox_segments -= 1
+        self._outbox_tokens -= segment.num_action_tokens
 
     def discarded_open(self, num_tokens: int, reason: str) -> None:
         """An unsealed episode with ``num_tokens`` generated tokens was thrown away."""
@@ -51,10 +62,11 @@ class Meter:
 
     def discarded_segment(self, segment: Segment, reason: str) -> None:
         """A sealed segment was thrown away before the coordinator settled it."""
+        self.settled(segment)
         self._discarded[f"discarded_segments_{reason}"] += 1
         self._discarded[f"discarded_tokens_{reason}"] += segment.num_action_tokens
 
-    def counters(self, *, outbox_segments: int, outbox_tokens: int) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
         """Return the counters that ride on heartbeats."""
         engine = self._engine.counters
         sampled = engine.sampled_tokens - self._sampled_before
@@ -65,8 +77,8 @@ class Meter:
             "sealed_segments": self._sealed["segments"],
             "sealed_tokens": self._sealed["tokens"],
             "open_tokens": self._open_tokens + (sampled - aborted - self._returned_tokens),
-            "outbox_segments": outbox_segments,
-            "outbox_tokens": outbox_tokens,
+            "outbox_segments": self._outbox_segments,
+            "outbox_tokens": self._outbox_tokens,
             "prefilled_tokens": engine.prefilled_tokens,
             "num_weight_updates": engine.num_weight_updates,
             "engine_busy_s": engine.busy_s,

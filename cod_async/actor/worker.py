@@ -14,7 +14,8 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from cod_async.actor.lives import Life, LifeOver
@@ -24,11 +25,11 @@ from cod_async.config.schema import Config
 from cod_async.engines.base import Engine
 from cod_async.errors import (
     CodError,
-    EngineClosedError,
     InfrastructureError,
     InputError,
     ProtocolRefusedError,
     WeightsError,
+    WireError,
 )
 from cod_async.lifecycle.rendering import Renderer, load_renderer
 from cod_async.lifecycle.segment import Segment, Version
@@ -53,6 +54,11 @@ from cod_async.wire.messages import (
 )
 
 log = logging.getLogger(__name__)
+
+MAX_REMEMBERED = 4096
+"""Fences and returns of this many leases are remembered; heartbeats and deadlines heal older ones."""
+RETRY_VERSION_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+"""Waits before a version that could not be loaded is tried again."""
 
 
 class ActorWorker:
@@ -95,6 +101,9 @@ class ActorWorker:
         self._meter = Meter(engine)
         self._report = Heartbeat()
         self._lives: dict[LeaseRef, asyncio.Task[None]] = {}
+        self._fenced: dict[LeaseRef, None] = {}
+        self._returned: deque[LeaseReturn] = deque(maxlen=MAX_REMEMBERED)
+        self._handing: set[asyncio.Task[asyncio.Future[str | None]]] = set()
         self._outbox: dict[int, Segment] = {}
         self._has_version = asyncio.Event()
         self._wanted: Manifest | None = None
@@ -113,22 +122,24 @@ class ActorWorker:
             loop.add_signal_handler(number, self._stop, "signal")
         self._client.set_heartbeat(lambda: self._report)
         self._client.start()
-        work = (self._take_versions, self._take_leases, self._refresh_report)
-        tasks = [asyncio.create_task(coroutine()) for coroutine in work]
+        taking = asyncio.create_task(self._take_leases())
+        tasks = [taking, *map(asyncio.create_task, (self._take_versions(), self._refresh_report()))]
         stopping = asyncio.create_task(self._is_stopping.wait())
         try:
             await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()  # these never return; whatever ended one ends the actor
+            self._is_stopping.set()
+            taking.cancel()
             await self._leave()
         finally:
-            for every in (stopping, *tasks):
-                every.cancel()
-            await asyncio.gather(stopping, *tasks, return_exceptions=True)
+            for task in (stopping, *tasks):
+                task.cancel()
+            ends = await asyncio.gather(stopping, *tasks, return_exceptions=True)
             await self._engine.aclose()
         if self._failure is not None:
             raise self._failure
+        for end in ends:  # these tasks never return by themselves; whatever ended one has ended the actor
+            if isinstance(end, Exception):
+                raise end
         return 0
 
     def _stop(self, reason: str) -> None:
@@ -136,24 +147,35 @@ class ActorWorker:
         self._stop_reason = self._stop_reason or reason
         self._is_stopping.set()
 
+    def _fail(self, error: CodError) -> None:
+        """End the actor because of ``error``; the first one is what it ends with."""
+        self._failure = self._failure or error
+        self._stop("failure")
+
     async def _leave(self) -> None:
         """Stop playing, deliver what is sealed within the grace time, and say goodbye."""
         held = list(self._lives)
         await self._cancel(held)
-        if self._failure is not None and isinstance(self._failure, ProtocolRefusedError):
-            await self._client.close()
-            return
+        deadline = asyncio.get_running_loop().time() + self._config.run.grace_s / 3
+        await self._until_empty(self._handing, deadline)
         if self._stop_reason == "signal":
             for ref in held:
-                self._client.send(LeaseReturn(lease=ref, reason="draining"))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.run.grace_s / 3):
-                while self._outbox:
-                    await asyncio.sleep(0.02)
+                self._give_back(LeaseReturn(lease=ref, reason="draining"))
+        await self._until_empty(self._outbox, deadline)
+        for handing in self._handing:
+            handing.cancel()
+        await asyncio.gather(*self._handing, return_exceptions=True)
         for segment in self._outbox.values():
             self._meter.discarded_segment(segment, "undelivered")
         self._outbox.clear()
-        await self._client.close(Bye(counters=self._counters()), drain_s=1.0)
+        await self._client.close(Bye(counters=self._meter.counters()), drain_s=1.0)
+
+    async def _until_empty(self, things: Collection[object], deadline: float) -> None:
+        """Wait until ``things`` are empty, the link has failed, or the loop's clock says ``deadline``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                while things and self._client.link.failure is None:
+                    await asyncio.sleep(0.02)
 
     # ------------------------------------------------------------------------------------- messages that come
 
@@ -163,17 +185,22 @@ class ActorWorker:
             case Welcome():
                 if not message.is_continued:  # the coordinator has given our leases away
                     self._cancel_soon(list(self._lives))
+                    self._returned.clear()
+                for lease_return in list(self._returned):  # it may have been lost with the connection
+                    self._send(lease_return)
                 if message.manifest is not None:
                     self._want(message.manifest)
             case NewVersion():
                 self._want(message.manifest)
             case Fence():
                 self._cancel_soon([ref for ref in message.leases if ref in self._lives])
+                self._fenced |= dict.fromkeys(message.leases)  # the answer that grants it may come later
+                for ref in list(self._fenced)[:-MAX_REMEMBERED]:
+                    del self._fenced[ref]
             case Stop():
                 self._stop(message.reason)
             case Refused(is_fatal=True):
-                self._failure = ProtocolRefusedError(message.code, message.detail)
-                self._stop("refused")
+                self._fail(ProtocolRefusedError(message.code, message.detail))
             case _:
                 pass
 
@@ -195,7 +222,7 @@ class ActorWorker:
                 self._begin(lease)
 
     def _begin(self, lease: Lease) -> None:
-        if lease.ref in self._lives or self._is_stopping.is_set():
+        if lease.ref in self._lives or lease.ref in self._fenced or self._is_stopping.is_set():
             return
         task = asyncio.create_task(self._live(lease), name=f"life {lease.ref}")
         self._lives[lease.ref] = task
@@ -219,17 +246,25 @@ class ActorWorker:
             await life.run()
         except LifeOver as over:
             log.info("lifecycle g%d.m%d e%d ended early: %s", ref.group, ref.member, ref.lease_epoch, over)
-        except EngineClosedError:
-            pass
-        except (InfrastructureError, InputError) as error:
+        except CodError as error:
+            ended = self._client.link.failure
+            if ended is not None or not isinstance(error, InfrastructureError | InputError | WireError):
+                self._fail(ended or error)
+                return
             log.warning("lifecycle g%d.m%d e%d given back: %s", ref.group, ref.member, ref.lease_epoch, error)
-            self._client.send(LeaseReturn(lease=ref, reason="infrastructure", detail=str(error)[:4096]))
-        except asyncio.CancelledError:
-            raise
+            self._give_back(LeaseReturn(lease=ref, reason="infrastructure", detail=str(error)[:4096]))
         except Exception as error:
             log.exception("lifecycle g%d.m%d e%d failed", ref.group, ref.member, ref.lease_epoch)
-            self._failure = CodError(f"actor {self._name}: {type(error).__name__}: {error}")
-            self._stop("failure")
+            self._fail(CodError(f"actor {self._name}: {type(error).__name__}: {error}"))
+
+    def _give_back(self, lease_return: LeaseReturn) -> None:
+        """Return a lease, again after every lost connection of this session."""
+        self._returned.append(lease_return)
+        self._send(lease_return)
+
+    def _send(self, message: LeaseReturn) -> None:
+        with contextlib.suppress(CodError):  # the link has ended, and with it all leases
+            self._client.send(message)
 
     def _cancel_soon(self, refs: list[LeaseRef]) -> None:
         for ref in refs:
@@ -245,15 +280,35 @@ class ActorWorker:
         """Put a sealed segment into the outbox; at its ceiling, wait. See
         :class:`cod_async.actor.lives.Delivery`.
 
-        Cancellation while waiting for room counts the segment as discarded.
+        Cancelled while it waits for room, the segment is discarded, but still handed over when the actor is
+        about to leave.
         """
+        handing = asyncio.create_task(self._hand_over(segment))
+        self._handing.add(handing)
+        handing.add_done_callback(self._handed_over)
+        try:
+            return await asyncio.shield(handing)
+        except asyncio.CancelledError:
+            if not self._is_stopping.is_set():
+                handing.cancel()
+            raise
+
+    async def _hand_over(self, segment: Segment) -> asyncio.Future[str | None]:
         try:
             outbox_id = await self._client.send_segment(segment)
         except asyncio.CancelledError:
             self._meter.discarded_segment(segment, "cancelled")
             raise
+        except CodError:
+            self._meter.discarded_segment(segment, "undeliverable")
+            raise
         self._outbox[outbox_id] = segment
         return asyncio.create_task(self._settle(outbox_id))
+
+    def _handed_over(self, handing: asyncio.Task[asyncio.Future[str | None]]) -> None:
+        self._handing.discard(handing)
+        if not handing.cancelled():
+            handing.exception()  # its lifecycle has seen it, or is gone
 
     async def _settle(self, outbox_id: int) -> str | None:
         """Wait until a segment is committed (None) or dropped (the reason), and take it off the outbox."""
@@ -264,6 +319,8 @@ class ActorWorker:
         segment = self._outbox.pop(outbox_id, None)
         if segment is not None and reason == FENCED_BEFORE_SEND:
             self._meter.discarded_segment(segment, reason)
+        elif segment is not None:
+            self._meter.settled(segment)
         return None if reason == ACKED else reason
 
     # ----------------------------------------------------------------------------------------------- versions
@@ -275,47 +332,39 @@ class ActorWorker:
 
     async def _take_versions(self) -> None:
         """Load announced versions, newest first; a version that is gone is skipped for a newer one."""
+        num_failures = 0
         while True:
             await self._is_version_wanted.wait()
             self._is_version_wanted.clear()
             manifest = self._wanted
             if manifest is None or manifest.version == self._engine.version:
-                self._has_version.set()
                 continue
             try:
                 await self._engine.update_weights(manifest)
             except WeightsError as error:
-                log.warning("version %s not taken: %s", manifest.version, error)
-                if self._wanted is manifest:
-                    await asyncio.sleep(0.2)
-                    self._is_version_wanted.set()
+                num_failures += 1
+                wait_s = RETRY_VERSION_S[min(num_failures, len(RETRY_VERSION_S)) - 1]
+                log.warning("version %s not taken, next try in %g s: %s", manifest.version, wait_s, error)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._is_version_wanted.wait(), wait_s)
+                self._is_version_wanted.set()
                 continue
+            num_failures = 0
             old, self._has_version = self._has_version, asyncio.Event()
             old.set()
 
     async def _wait_for_version(self, version: Version) -> None:
         """Return once the engine is at ``version`` or newer."""
         while self._engine.version < version:
-            changed = self._has_version
-            if changed.is_set():  # set before any version was loaded
-                self._has_version = changed = asyncio.Event()
-            if self._engine.version >= version:
-                return
-            await changed.wait()
+            await self._has_version.wait()
 
     # --------------------------------------------------------------------------------------------- heartbeats
-
-    def _counters(self) -> dict[str, float]:
-        return self._meter.counters(
-            outbox_segments=len(self._outbox),
-            outbox_tokens=sum(segment.num_action_tokens for segment in self._outbox.values()),
-        )
 
     async def _refresh_report(self) -> None:
         """Keep the next heartbeat fresh: made in the loop, between two awaits, so that its counts agree."""
         while True:
             self._report = Heartbeat(
-                counters=self._counters(), engine_version=self._engine.version, held=list(self._lives)
+                counters=self._meter.counters(), engine_version=self._engine.version, held=list(self._lives)
             )
             await asyncio.sleep(self._config.transport.heartbeat_s / 2)
 

@@ -7,7 +7,6 @@ its place.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
@@ -22,6 +21,7 @@ _SETTINGS = (*_CHOICES, "window", "gamma", "parity")
 _REQUIRED = ("pack", "lifecycle", "task_rewards", "update_rewards", "solve_tokens", "update_tokens")
 _MAX_REWARD = 1e9
 _MAX_TOKENS = 1 << 40
+_MAX_SHOWN_CHARS = 60
 
 
 def _is_number(value: Any) -> bool:
@@ -30,6 +30,12 @@ def _is_number(value: Any) -> bool:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message, shortened."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
 
 
 def _settings(payload: Mapping[str, Any], problems: list[str]) -> CreditAssignmentConfig:
@@ -41,13 +47,13 @@ def _settings(payload: Mapping[str, Any], problems: list[str]) -> CreditAssignme
         value = payload[name]
         if name in _CHOICES and value not in get_args(hints[name]):
             choices = ", ".join(get_args(hints[name]))
-            problems.append(f"{name}: {value!r} is not one of {choices}")
+            problems.append(f"{name}: {_shown(value)} is not one of {choices}")
         elif name == "window" and value is not None and not (_is_integer(value) and value >= 1):
-            problems.append(f"window: {value!r} is not an integer of at least 1 or null")
+            problems.append(f"window: {_shown(value)} is not an integer of at least 1 or null")
         elif name == "gamma" and value is not None and not (_is_number(value) and 0 <= value <= 1):
-            problems.append(f"gamma: {value!r} is not a number from 0 to 1 or null")
+            problems.append(f"gamma: {_shown(value)} is not a number from 0 to 1 or null")
         elif name == "parity" and not isinstance(value, bool):
-            problems.append(f"parity: {value!r} is not true or false")
+            problems.append(f"parity: {_shown(value)} is not true or false")
         else:
             values[name] = float(value) if name == "gamma" and value is not None else value
     settings = CreditAssignmentConfig(**values)
@@ -60,9 +66,9 @@ def _reward_problems(where: str, values: Any) -> list[str]:
     if not isinstance(values, list):
         return [f"{where}: must be a list of numbers"]
     return [
-        f"{where}[{i}]: {value!r} is not a finite number of size at most {_MAX_REWARD:g}"
+        f"{where}[{i}]: {_shown(value)} is not a finite number of size at most {_MAX_REWARD:g}"
         for i, value in enumerate(values)
-        if not (_is_number(value) and math.isfinite(value) and abs(value) <= _MAX_REWARD)
+        if not (_is_number(value) and abs(value) <= _MAX_REWARD)  # false for NaN as well
     ]
 
 
@@ -70,7 +76,7 @@ def _token_problems(where: str, values: Any) -> list[str]:
     if not isinstance(values, list):
         return [f"{where}: must be a list of integers"]
     return [
-        f"{where}[{i}]: {value!r} is not a token count (an integer from 0 to 2^40)"
+        f"{where}[{i}]: {_shown(value)} is not a token count (an integer from 0 to 2^40)"
         for i, value in enumerate(values)
         if not (_is_integer(value) and 0 <= value <= _MAX_TOKENS)
     ]
@@ -87,7 +93,7 @@ def _lifecycle_problems(where: str, lifecycle: Any) -> list[str]:
         value = lifecycle.get(name, 0)
         is_absent = name == "taskset" and value is None
         if not (is_absent or _is_integer(value) or isinstance(value, str)):
-            problems.append(f"{where}.{name}: {value!r} is neither an integer nor a string")
+            problems.append(f"{where}.{name}: {_shown(value)} is neither an integer nor a string")
     for name in ("task_rewards", "update_rewards"):
         problems += _reward_problems(f"{where}.{name}", lifecycle.get(name, []))
     for name in ("solve_tokens", "update_tokens"):
@@ -125,14 +131,14 @@ def _checked(payload: Any) -> tuple[CreditAssignmentConfig, list[dict[str, Any]]
         identity = (lifecycle["pack"], lifecycle["lifecycle"])
         if identity in seen:
             problems.append(
-                f"lifecycles[{index}]: pack {identity[0]!r}, lifecycle {identity[1]!r} was given before "
+                f"lifecycles[{index}]: pack {_shown(identity[0])}, lifecycle {_shown(identity[1])} was given before "
                 f"(lifecycles[{seen[identity]}])"
             )
         seen.setdefault(identity, index)
         size = len(lifecycle["task_rewards"])
         if sizes.setdefault(lifecycle["pack"], size) != size:
             problems.append(
-                f"lifecycles[{index}].task_rewards: has {size} entries, but pack {lifecycle['pack']!r} "
+                f"lifecycles[{index}].task_rewards: has {size} entries, but pack {_shown(lifecycle['pack'])} "
                 f"has {sizes[lifecycle['pack']]} tasks"
             )
     if problems:

@@ -13,7 +13,6 @@ import importlib
 import itertools
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -26,13 +25,15 @@ from msgspec.structs import replace
 
 from cod_async.bootstrap.trainer import TokenDocument, TrainingResult, train
 from cod_async.config.schema import Config, EnvironmentConfig
+from cod_async.durable import commit_folder, write_atomic
 from cod_async.envs import registry
 from cod_async.envs.base import EnvironmentSpec
 from cod_async.errors import InputError
 from cod_async.lifecycle.documents import Document
 from cod_async.lifecycle.hint import prompts_for
-from cod_async.lifecycle.packs import plan_pack, stable_seed
+from cod_async.lifecycle.packs import plan_pack
 from cod_async.lifecycle.rendering import Renderer, load_renderer
+from cod_async.lifecycle.seeds import stable_seed
 from cod_async.models.directory import save_model
 from cod_async.models.qwen3 import Qwen3, Qwen3Config
 from cod_async.models.tokenizers import write_chatml_tokenizer, write_word_tokenizer
@@ -87,9 +88,9 @@ def run_bootstrap(config: Config, out_dir: Path, on_progress: Progress | None = 
             "wall_s": round(time.perf_counter() - start_s, 2),
             "cpu_s": round(time.process_time() - start_cpu_s, 2),
         }
-        _write_durable(temporary / REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
+        write_atomic(temporary / REPORT_NAME, (json.dumps(report, indent=2) + "\n").encode())
         temporary.chmod(0o755)  # mkdtemp makes it private; a model is none
-        os.replace(temporary, out_dir)
+        commit_folder(temporary, out_dir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -250,10 +251,3 @@ def _gate(config: Config, result: TrainingResult) -> dict[str, Any] | None:
         return None
     bar = config.bootstrap.qa_loss_gate
     return {"category": "qa", "bar": bar, "loss": round(result.gate_loss, 5), "is_met": result.is_gate_met}
-
-
-def _write_durable(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from cod_async.commands.output import console_for_people, print_json
 from cod_async.config import load_config, load_resolved
@@ -33,22 +34,22 @@ def run_eval(
     is_json: bool,
 ) -> int:
     """Do what ``cod eval`` was asked for and return the exit code."""
-    config = _configuration(source, configs, overrides, environment, preset)
-    problems = [
-        *check(config, for_train=False),
-        *_flag_problems(splits, controls, num_packs, lifecycles, num_processes),
-    ]
-    is_run = (source / "config.json").is_file() and not _is_model(source)
-    if not is_run and not _is_model(source):
-        problems.append(f"{source}: neither a run folder nor a Hugging Face model directory")
-    if step is not None and not is_run:
+    kind, problems = _kind_of(source)
+    problems += _flag_problems(splits, controls, num_packs, lifecycles, num_processes)
+    if step is not None and kind == "model":
         problems.append(
             f"--step {step}: {source} is a model directory, which has one version only; leave it out"
         )
-    if problems:
+    config = None
+    try:
+        config = _configuration(source, kind, configs, overrides, environment, preset)
+        problems += check(config, for_train=False) if config is not None else []
+    except InputError as error:
+        problems += error.problems
+    if problems or config is None:
         raise InputError(problems)
     with tempfile.TemporaryDirectory(prefix="cod-eval-") as temporary:
-        if is_run:
+        if kind == "run":
             from cod_async.launch.export import export_model
 
             model_dir = Path(temporary) / "model"
@@ -65,35 +66,55 @@ def run_eval(
     return 0
 
 
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
+def _kind_of(source: Path) -> tuple[Literal["run", "model"] | None, list[str]]:
+    """Tell a run folder from a model directory; None, and why, for everything else."""
+    wanted = "give a run folder or a model directory"
+    if not source.is_dir():
+        return None, [f"{source}: no such folder; {wanted}"]
+    if (source / "tokenizer.json").is_file() and (source / "config.json").is_file():
+        return "model", []
+    try:
+        values = json.loads((source / "config.json").read_bytes())
+    except FileNotFoundError:
+        return None, [f"{source}: neither a run folder nor a Hugging Face model directory; {wanted}"]
+    except (OSError, ValueError, RecursionError) as error:
+        return None, [f"{source / 'config.json'}: cannot be read as JSON, {error}; {wanted}"]
+    if isinstance(values, dict) and "model_type" in values:
+        return None, [f"{source}: a model directory without tokenizer.json; add the model's tokenizer"]
+    return "run", []
 
 
 def _configuration(
     source: Path,
+    kind: Literal["run", "model"] | None,
     configs: Sequence[Path],
     overrides: Sequence[str],
     environment: str | None,
     preset: str | None,
-) -> Config:
-    """Take the settings from files, from the run, or (for a bare model) from the environment's defaults."""
+) -> Config | None:
+    """Take the settings from files, from the run, or (for a bare model) from the environment's defaults.
+
+    Returns:
+        The settings, or None when there is no usable source to take them from.
+    """
     extra = list(overrides)
     if environment is not None:
         from cod_async.envs import registry
 
         spec = registry.get(environment)
-        chosen = preset or spec.default_preset
-        extra.append(f'environments=[{{name="{environment}", preset="{chosen}"}}]')
-        if not configs and _is_model(source):
+        chosen = {"name": environment, "preset": preset or spec.default_preset}
+        table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in chosen.items())
+        extra.append(f"environments=[{{{table}}}]")
+        if not configs and kind == "model":
             extra.insert(0, f"lifecycle.pack_size={spec.default_pack_size}")
     elif preset is not None:
         raise InputError(f"--preset {preset}: needs --environment as well")
     if configs:
         return load_config(configs, extra)
-    if not source.is_dir():
-        raise InputError(f"{source}: no such folder; give a run folder or a model directory")
-    if not _is_model(source):
+    if kind == "run":
         return apply_overrides(load_resolved(source), extra)
+    if kind is None:
+        return None
     if environment is None:
         raise InputError(
             f"{source} is a model directory; say on what to evaluate it, by --config FILE or --environment "
@@ -118,6 +139,7 @@ def _flag_problems(
             for value in given
             if value not in known
         ]
+        problems += [f"{flag} {value}: given twice" for value in known if given.count(value) > 1]
     for name, number in (
         ("--packs", num_packs),
         ("--lifecycles", lifecycles),

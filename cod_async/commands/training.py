@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 
 from cod_async.commands.output import print_json, print_mapping, print_table
-from cod_async.config import config_digest, load_config, load_resolved
-from cod_async.config.check import NO_ENVIRONMENTS, check, check_run_dir, run_dir_of
-from cod_async.config.load import apply_overrides, override_path, read_config, to_tree, write_atomic
+from cod_async.config import config_digest, load_resolved
+from cod_async.config.check import NO_ENVIRONMENTS, check, check_new_folder, check_run_dir, run_dir_of
+from cod_async.config.load import apply_overrides, override_path, read_config, to_tree
 from cod_async.config.schema import Config
+from cod_async.durable import write_atomic
 from cod_async.errors import ConfigError, InputError
 
 RESUME_MAY_SET = (
@@ -29,6 +30,19 @@ RESUME_MAY_SET = (
 TAUGHT_TITLE = "what the starting model was taught, and what it was not"
 
 
+def _read_and_check(
+    paths: Sequence[Path], overrides: Sequence[str], *, for_train: bool
+) -> tuple[Config | None, list[str]]:
+    """Read a configuration and return it with all problems, those of cross-field rules included."""
+    config, problems = read_config(paths, overrides)
+    if config is not None:
+        crossed = check(config, for_train=for_train)
+        if problems:  # a refused environment was left out, which is not the same as none being given
+            crossed = [problem for problem in crossed if not problem.startswith(NO_ENVIRONMENTS)]
+        problems += crossed
+    return config, problems
+
+
 def load_checked(paths: Sequence[Path], overrides: Sequence[str], name: str | None) -> tuple[Config, Path]:
     """Load and check the configuration of a new run.
 
@@ -40,12 +54,9 @@ def load_checked(paths: Sequence[Path], overrides: Sequence[str], name: str | No
     """
     if name is not None:
         overrides = [*overrides, f"run.name={json.dumps(name)}"]
-    config, problems = read_config(paths, overrides)
+    config, problems = _read_and_check(paths, overrides, for_train=True)
     if config is not None:
-        crossed = check(config)
-        if problems:  # a refused environment was left out, which is not the same as none being given
-            crossed = [problem for problem in crossed if not problem.startswith(NO_ENVIRONMENTS)]
-        problems += [*crossed, *check_run_dir(run_dir_of(config), is_resume=False)]
+        problems += check_run_dir(run_dir_of(config), is_resume=False)
     if problems or config is None:
         raise ConfigError(problems)
     return config, run_dir_of(config)
@@ -162,15 +173,15 @@ def run_bootstrap_command(
     paths: Sequence[Path], overrides: Sequence[str], *, out: Path, progress: Path | None, is_json: bool
 ) -> int:
     """Do what ``cod bootstrap`` was asked for and return the exit code."""
-    config = load_config(paths, overrides)
-    problems = check(config, for_train=False)
-    if config.model.path:
+    config, problems = _read_and_check(paths, overrides, for_train=False)
+    if config is not None and config.model.path:
         problems.append(
             f'model.path: found "{config.model.path}", so there is nothing to bootstrap; set it to ""'
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        problems.append(f"--out {out}: exists already; choose a new folder")
-    if problems:
+    problems += check_new_folder("--out", out)
+    if progress is not None and not progress.parent.is_dir():
+        problems.append(f"--progress {progress}: its folder does not exist; choose another file")
+    if problems or config is None:
         raise InputError(problems)
     from cod_async.bootstrap.run import run_bootstrap
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cod_async.config.schema import Config
 from cod_async.errors import ConfigError, EnvironmentInputError, InputError, StoreError
 
+_BIND = re.compile(r"^tcp://(?P<host>.+):(?P<port>[0-9]{1,5})$")
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -67,7 +69,11 @@ def check_run_dir(run_dir: Path, *, is_resume: bool) -> list[str]:
         if not os.access(run_dir, os.W_OK):
             return [f"--resume {run_dir}: not writable; correct its owner or permissions"]
         return []
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    try:
+        is_taken = run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
+    except OSError as error:
+        return [f"{run_dir}: cannot be read, {error.strerror or error}; choose another --name"]
+    if is_taken:
         return [f"{run_dir}: exists already; choose another --name, or go on with it by --resume {run_dir}"]
     return []
 
@@ -191,6 +197,7 @@ def _bootstrap(config: Config) -> Problems:
     if config.model.path:
         return
     shape, bootstrap = config.bootstrap.model, config.bootstrap
+    kind = _bootstrap_kind(config)
     if shape.num_heads % shape.num_kv_heads:
         yield (
             f"bootstrap.model.num_kv_heads: {shape.num_kv_heads} does not divide num_heads = "
@@ -199,15 +206,17 @@ def _bootstrap(config: Config) -> Problems:
         )
     if shape.head_dim % 2:
         yield f"bootstrap.model.head_dim: {shape.head_dim} is odd; rotary embeddings need an even number"
-    if bootstrap.kind == "random" and bootstrap.vocab_size < MIN_BYTE_VOCAB:
+    if kind == "random" and bootstrap.vocab_size < MIN_BYTE_VOCAB:
         yield (
             f"bootstrap.vocab_size: {bootstrap.vocab_size} is too small for a byte-level tokenizer; "
             f"use at least {MIN_BYTE_VOCAB}"
         )
-    if bootstrap.kind == "random" and config.model.renderer == "terse":
-        yield 'model.renderer: "terse" does not fit bootstrap.kind = "random"; use "chatml" or "auto"'
-    if bootstrap.kind == "documents" and config.model.renderer == "chatml":
-        yield 'model.renderer: "chatml" does not fit bootstrap.kind = "documents"; use "terse" or "auto"'
+    fitting = {"random": "chatml", "documents": "terse"}[kind]
+    if config.model.renderer not in ("auto", fitting):
+        yield (
+            f'model.renderer: "{config.model.renderer}" does not fit the bootstrap (kind "{kind}"); use '
+            f'"{fitting}" or "auto"'
+        )
     if bootstrap.kind == "documents":
         yield from _documents(config)
     if bootstrap.warmup_steps >= bootstrap.num_steps:
@@ -217,7 +226,8 @@ def _bootstrap(config: Config) -> Problems:
         )
 
 
-def _documents(config: Config) -> Problems:
+def _without_documents(config: Config) -> tuple[list[str], int]:
+    """Return the environments that have no bootstrap documents, and how many different ones there are."""
     from cod_async.envs import registry
 
     names = {environment.name for environment in config.environments}
@@ -228,8 +238,21 @@ def _documents(config: Config) -> Problems:
                 without.append(name)
         except EnvironmentInputError:  # reported by the rule on environments
             continue
-    if without or len(names) > 1:
-        reason = f"{', '.join(without)} has none" if without else f"{len(names)} environments are given"
+    return without, len(names)
+
+
+def _bootstrap_kind(config: Config) -> Literal["documents", "random"]:
+    """Return the kind of starting model that ``bootstrap.kind`` comes to."""
+    if config.bootstrap.kind != "auto":
+        return config.bootstrap.kind
+    without, num_environments = _without_documents(config)
+    return "random" if without or num_environments != 1 else "documents"
+
+
+def _documents(config: Config) -> Problems:
+    without, num_environments = _without_documents(config)
+    if without or num_environments > 1:
+        reason = f"{', '.join(without)} has none" if without else f"{num_environments} environments are given"
         yield (
             f'bootstrap.kind: "documents" needs one environment with bootstrap documents, but {reason}; use '
             '"random", '
@@ -278,11 +301,10 @@ def _transport(config: Config) -> Problems:
 
 def parse_bind(bind: str) -> tuple[str, int] | None:
     """Split ``tcp://host:port``; None if it is not of that form (port 0 .. 65535)."""
-    scheme, sign, rest = bind.partition("://")
-    host, colon, port = rest.rpartition(":")
-    if scheme != "tcp" or not sign or not colon or not host or not port.isdigit() or int(port) > 65535:
+    match = _BIND.match(bind)
+    if match is None or int(match["port"]) > 65535:
         return None
-    return host, int(port)
+    return match["host"], int(match["port"])
 
 
 def _staleness(config: Config) -> Problems:
@@ -392,21 +414,45 @@ def _port(config: Config) -> Problems:
             yield f"transport.bind: port {port} {reason}; choose another, or 0 for a free one"
 
 
-def _output_dir(config: Config) -> Problems:
-    folder = Path(config.run.output_dir).absolute()
+def _nearest(folder: Path) -> Path:
+    """Return the folder, or the closest one above it that exists."""
+    folder = folder.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
+    return folder
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Say why nothing can be made in a folder (which need not exist yet), or None if something can."""
+    folder = _nearest(folder)
     if not folder.is_dir():
-        yield f'run.output_dir: "{folder}" is not a folder; choose another'
-        return
+        return f'"{folder}" is not a folder; choose another'
     try:  # permission bits do not tell the truth to root, on read-only mounts or under quotas: try it
         with tempfile.TemporaryDirectory(prefix=".cod-", dir=folder):
             pass
     except OSError as error:
-        reason = error.strerror or error
-        yield f'run.output_dir: "{folder}" is not writable, {reason}; choose another or correct permissions'
-        return
-    yield from _filesystem(folder)
+        return f'"{folder}" is not writable, {error.strerror or error}; choose another or correct permissions'
+    return None
+
+
+def check_new_folder(label: str, folder: Path) -> list[str]:
+    """List what forbids making ``folder``: it exists and is not empty, or it cannot be written."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            return [f"{label} {folder}: exists already; choose a new folder"]
+    except OSError as error:
+        return [f"{label} {folder}: cannot be read, {error.strerror or error}; choose another folder"]
+    reason = why_not_writable(folder)
+    return [] if reason is None else [f"{label} {folder}: {reason}"]
+
+
+def _output_dir(config: Config) -> Problems:
+    folder = Path(config.run.output_dir)
+    reason = why_not_writable(folder)
+    if reason is None:
+        yield from _filesystem(_nearest(folder))
+    else:
+        yield f"run.output_dir: {reason}"
 
 
 def _filesystem(folder: Path) -> Problems:

@@ -8,10 +8,8 @@ is itself a valid input. Every problem of every file and override is reported in
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -22,11 +20,13 @@ import msgspec
 
 from cod_async.config.schema import Config
 from cod_async.config.validate import find_problems
+from cod_async.durable import write_atomic as write_atomic
 from cod_async.errors import ConfigError
 
 RESOLVED_NAME = "config.json"
 """Name of the resolved configuration inside a run folder."""
 _BARE_WORD = re.compile(r"^[A-Za-z0-9_./~:+-]+$")
+_INDEX = re.compile(r"^[0-9]{1,9}$")
 _MAX_FILE_BYTES = 16 << 20
 
 
@@ -139,50 +139,33 @@ def load_resolved(run_dir: Path) -> Config:
     return _to_config(data, problems)
 
 
-def write_atomic(target: Path, payload: bytes) -> None:
-    """Replace ``target`` by ``payload``: temporary file in the same folder, fsync, rename, fsync of the
-    folder.
-
-    Guarantees: a reader, also after a crash, sees the old bytes or the new ones, never a mixture.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _leave_out(tree: dict[str, Any], keys: Sequence[str]) -> None:
-    """Remove a refused entry: the key, the whole list that holds it, or the environment that lacks it."""
+    """Remove a refused entry: the key, the whole list that holds it, or the environments, if one lacks it.
+
+    What an earlier problem removed already is left alone.
+    """
     node: Any = tree
     for depth, key in enumerate(keys):
+        rest = keys[depth + 1 :]
         if isinstance(node, list):
-            index = int(key)
-            if isinstance(node[index], dict) and keys[depth + 1] in node[index]:
-                node = node[index]
+            if int(key) >= len(node):
+                return
+            item = node[int(key)]
+            if isinstance(item, dict) and rest and rest[0] in item:
+                node = item
                 continue
             node.clear()
             return
         if key not in node:
             return
-        if depth == len(keys) - 1 or not isinstance(node[key], dict | list):
+        child = node[key]
+        is_walkable = isinstance(child, dict) or (
+            isinstance(child, list) and all(isinstance(item, dict) for item in child)
+        )
+        if not rest or not is_walkable:
             del node[key]
             return
-        if isinstance(node[key], list) and not isinstance(node[key][int(keys[depth + 1])], dict):
-            del node[key]
-            return
-        node = node[key]
+        node = child
 
 
 def _to_config(tree: dict[str, Any], problems: list[str]) -> Config:
@@ -214,7 +197,7 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any] | None:
     except UnicodeDecodeError as error:
         problems.append(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8")
         return None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError itself: an integer of thousands of digits
         kind = "JSON" if path.suffix == ".json" else "TOML"
         problems.append(f"{path}: not valid {kind}, {error}; correct the file")
         return None
@@ -273,7 +256,7 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
     for depth, key in enumerate(keys):
         is_leaf = depth == len(keys) - 1
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if not _INDEX.match(key) or int(key) >= len(node):
                 at = ".".join(keys[:depth])
                 problems.append(
                     f"--set {override}: {at} has items 0 to {len(node) - 1}, no item {key}; use one of them"

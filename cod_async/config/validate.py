@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from functools import cache
 from typing import Any, cast
 
@@ -203,7 +204,7 @@ def _scalar_problem(value: Any, expected: inspect.Type) -> str | None:
     if isinstance(expected, inspect.FloatType):
         if not isinstance(value, int | float) or isinstance(value, bool):
             return f"expected a number{_found(value)}; {_number_advice(value)}"
-        if not math.isfinite(value):
+        if not abs(value) <= sys.float_info.max:  # infinite, NaN, or an integer beyond every float
             return f"must be finite{_found(value)}; write a number"
         return _range_problem(value, expected)
     if isinstance(expected, inspect.StrType):
@@ -243,5 +244,8 @@ def _found(value: Any) -> str:
     elif isinstance(value, bool):
         text = "true" if value else "false"
     else:
-        text = str(value)
+        try:
+            text = str(value)
+        except ValueError:  # Python refuses to write integers of thousands of digits
+            text = "a number of thousands of digits"
     return f", found {text if len(text) <= 60 else text[:57] + '...'}"

@@ -31,13 +31,13 @@ from cod_async.wire.messages import (
     Hello,
     LeaseRequest,
     LeaseReturn,
+    NewVersion,
     OpenLineage,
     Published,
     Refused,
     SegmentData,
     StepDone,
     StepRequest,
-    Stop,
     ToCoordinator,
 )
 from cod_async.wire.session import Closed, Event, KnownSession, Opened, Received
@@ -107,7 +107,7 @@ class Brain:
             for event in events:
                 match event:
                     case Opened():
-                        self._opened(event.session.session)
+                        self._training.tell_if_over(event.session.session)
                     case Closed():
                         self._closed(event.session.session, event.reason)
                     case Received():
@@ -120,11 +120,6 @@ class Brain:
         self._grouping.tick()
         self._training.tick()
         self._leasing.tick()
-
-    def _opened(self, session: int) -> None:
-        role, _ = self._core.sessions.get(session, ("observer", ""))
-        if self._core.finished and role != "learner":
-            self._core.out.send(session, Stop(reason=self._core.finished))
 
     def _closed(self, session: int, reason: str) -> None:
         role, _ = self._core.sessions.pop(session, (None, ""))
@@ -146,6 +141,8 @@ class Brain:
             case Heartbeat():
                 core.store.sessions.report(session, message.counters)
                 self._leasing.heartbeat(session, message)
+                self._retell_version(session, role, message)
+                self._training.tell_if_over(session)
             case Bye():
                 core.store.sessions.report(session, message.counters)
             case SegmentData() | LeaseRequest() | LeaseReturn() if role == "actor":
@@ -157,6 +154,14 @@ class Brain:
             case _:
                 detail = f"{type(message).__name__} from a client with role {role}"
                 core.out.send(session, Refused(code="wrong_role", detail=detail, is_fatal=True))
+
+    def _retell_version(self, session: int, role: str, heartbeat: Heartbeat) -> None:
+        """Announce the newest version again to an actor that is behind: the first word may have been lost,
+        and with a lag bound of 0 no later one would ever come.
+        """
+        manifest, engine = self._core.manifest, heartbeat.engine_version
+        if role == "actor" and manifest is not None and engine is not None and engine < manifest.version:
+            self._core.out.send(session, NewVersion(manifest=manifest))
 
     def _from_actor(self, session: int, message: SegmentData | LeaseRequest | LeaseReturn) -> None:
         match message:
@@ -239,8 +244,13 @@ class Brain:
         return len(self._core.sessions)
 
     def close_run(self) -> None:
-        """After the last client has gone: what was never selected is dropped as ``run_over``."""
+        """After the last client has gone: what was never selected is dropped as ``run_over``.
+
+        Who has not said goodbye by now is lost; nobody would find that out any more.
+        """
         with self._store.transaction():
+            for session in list(self._core.sessions):
+                self._closed(session, "run_over")
             for group, state, _ in self._store.work.untrained():
                 if state != "planned":
                     self._grouping.drop(group, "run_over")

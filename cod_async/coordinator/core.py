@@ -33,6 +33,8 @@ class Outbox:
     def __init__(self) -> None:
         self.replies: list[tuple[int, ToClient]] = []
         self.settled: list[Settled] = []
+        self._fences: dict[tuple[int, str], Fence] = {}
+        self._fenced: set[tuple[int, str, LeaseRef]] = set()
 
     def send(self, session: int, message: ToClient) -> None:
         """Send a message to a session's client."""
@@ -44,12 +46,13 @@ class Outbox:
 
     def fence(self, session: int, lease: LeaseRef, reason: str) -> None:
         """Tell a client that a lease is no longer its own; fences with one reason travel together."""
-        for index, (to, message) in enumerate(self.replies):
-            if to == session and isinstance(message, Fence) and message.reason == reason:
-                if lease not in message.leases:
-                    self.replies[index] = (to, Fence(leases=[*message.leases, lease], reason=reason))
-                return
-        self.send(session, Fence(leases=[lease], reason=reason))
+        message = self._fences.get((session, reason))
+        if message is None:
+            message = self._fences[session, reason] = Fence(leases=[], reason=reason)
+            self.send(session, message)
+        if (session, reason, lease) not in self._fenced:
+            self._fenced.add((session, reason, lease))
+            message.leases.append(lease)
 
 
 class Core:

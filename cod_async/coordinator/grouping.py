@@ -39,17 +39,24 @@ class Grouping:
         self._core = core
         self._settings = credit_settings(core.config)
         self._first_lease_at: dict[int, float] = {}
+        self._undue: set[int] = set()
+        """Groups whose quorum may not close them yet; afterwards only what their members do can."""
+        for group, state, floor in core.store.work.untrained():
+            if state == "open" and floor is not None:
+                self.started(group)  # a restart begins the wait anew: nobody knows how long it was down
 
     def started(self, group: int) -> None:
         """Note that a lease of the group was granted."""
-        self._first_lease_at.setdefault(group, self._core.now())
+        if self._core.config.groups.close == "quorum" and group not in self._first_lease_at:
+            self._first_lease_at[group] = self._core.now()
+            self._undue.add(group)
 
     def tick(self) -> None:
         """Close the groups whose quorum is complete and has waited long enough."""
-        if self._core.config.groups.close == "quorum":
-            for group, state, _ in self._core.store.work.untrained():
-                if state == "open":
-                    self.maybe_close(group)
+        due = [group for group in self._undue if self._is_due(group)]
+        for group in sorted(due):
+            self._undue.discard(group)
+            self.maybe_close(group)
 
     def maybe_close(self, group: int) -> None:
         """Close a group if its rule says so."""
@@ -72,7 +79,7 @@ class Grouping:
         rows = self._core.store.segments.of_group(group)
         self._drop_segments([row.key for row in rows], reason)
         self._core.store.work.set_group_state(group, "dropped", reason)
-        self._first_lease_at.pop(group, None)
+        self._forget_clock(group)
         self._core.changed()
 
     def drop_stale_segments(self, group: int, keys: Sequence[SegmentKey]) -> None:
@@ -86,15 +93,17 @@ class Grouping:
     # closing
 
     def _has_quorum(self, group: int, leases: Sequence[LeaseRow]) -> bool:
-        groups = self._core.config.groups
-        started = self._first_lease_at.get(group)
-        if groups.close != "quorum":
-            return False
-        if started is None:  # first look since a restart: the wait begins anew
-            self._first_lease_at[group] = self._core.now()
-            return False
         num_ended = sum(lease.state == "ended" for lease in leases)
-        return num_ended >= groups.quorum_members and self._core.now() - started >= groups.after_s
+        return num_ended >= self._core.config.groups.quorum_members and self._is_due(group)
+
+    def _is_due(self, group: int) -> bool:
+        """Whether a quorum of the group may close it: enough time has passed since its first lease."""
+        started = self._first_lease_at.get(group)
+        return started is not None and self._core.now() - started >= self._core.config.groups.after_s
+
+    def _forget_clock(self, group: int) -> None:
+        self._first_lease_at.pop(group, None)
+        self._undue.discard(group)
 
     def _cut_off(self, lease: LeaseRow, reason: str) -> None:
         if lease.state == "held" and lease.session is not None and self._core.is_live(lease.session):
@@ -130,7 +139,7 @@ class Grouping:
             group, "closed" if num_ready else "dropped", "" if num_ready else "no_segments"
         )
         self._core.tally["closed_groups" if num_ready else "dropped_groups"] += 1
-        self._first_lease_at.pop(group, None)
+        self._forget_clock(group)
         self._core.changed()
 
     def _drop_segments(self, keys: Sequence[SegmentKey], reason: str) -> None:

@@ -25,6 +25,11 @@ PARK_S = 1.0
 MAX_TAKEOVERS = 100
 """A lifecycle whose actors die this often is given up as ``infrastructure``: it may be what kills them."""
 MAX_LEASES_PER_REQUEST = 1024
+MAX_HELD_PER_HEARTBEAT = 4096
+"""A heartbeat that names more leases has only this many of them checked."""
+
+
+_encoder = msgspec.msgpack.Encoder()
 
 
 class _Parked(NamedTuple):
@@ -73,6 +78,7 @@ class Leasing:
         deadline_s = self._core.config.groups.deadline_s
         for at, granted in list(self._granted_at.items()):
             if now - granted > deadline_s:
+                del self._granted_at[at]  # it may have been cut off with its group meanwhile
                 lease = self._core.store.work.lease(*at)
                 if lease is not None and lease.state == "held":
                     self.give_up(lease, "deadline")
@@ -84,12 +90,12 @@ class Leasing:
             self._granted_at[lease.group, lease.member] = now
 
     def heartbeat(self, session: int, heartbeat: Heartbeat) -> None:
-        """Fence what the client believes to hold and does not."""
+        """Fence what the client believes to hold and does not; of a very long list, the first part."""
         if not heartbeat.held:
             return
         rows = self._core.store.work.held_leases(session)
         held = {(row.group, row.member, row.lease_epoch) for row in rows}
-        for ref in heartbeat.held:
+        for ref in heartbeat.held[:MAX_HELD_PER_HEARTBEAT]:
             if (ref.group, ref.member, ref.lease_epoch) not in held:
                 lease = self._core.store.work.lease(ref.group, ref.member)
                 has_ended = (
@@ -187,14 +193,19 @@ class Leasing:
         published = core.manifest.version
         granted: list[Lease] = []
         ranks = {group: rank for rank, (group, _, _) in enumerate(core.store.work.untrained())}
-        while len(granted) < wanted:
+        room_bytes = core.config.transport.max_message_bytes // 2
+        while len(granted) < wanted and room_bytes > 0:
             free = core.store.work.free_leases(wanted - len(granted))
             for row in free:
                 if not may_lease(ranks[row.group], core.step, published.step, core.limits):
                     return granted
                 lease = self._lease(row, session, request.request, published)
-                if lease is not None:
-                    granted.append(lease)
+                if lease is None:
+                    break  # giving it up may have closed its group and cut off the others: look again
+                granted.append(lease)
+                room_bytes -= len(_encoder.encode(lease))
+                if room_bytes <= 0:
+                    break  # the rest would not fit the answer: ask again
             if not free:
                 if not may_lease(len(ranks), core.step, published.step, core.limits):
                     break
@@ -227,12 +238,17 @@ class Leasing:
         if row.next_ordinal > 0 and not self._can_resume(group):
             self.give_up(row, "not_resumable")
             return None
-        if group.floor is None or min_version.step < group.floor.step:
+        if group.floor is None or self._counts_as(min_version) < self._counts_as(group.floor):
             work.set_floor(row.group, min_version)
         work.grant(row, session, min_version, request)
         self._grouping.started(row.group)
         self._granted_at[row.group, row.member] = self._core.now()
         return self._describe(row, group, min_version)
+
+    def _counts_as(self, version: Version) -> int:
+        """Return the step of the surviving history that tokens of ``version`` count as at the worst."""
+        assert self._core.tree is not None  # noqa: S101  (granting needs a lineage)
+        return self._core.tree.birth(version).step
 
     def _describe(self, row: LeaseRow, group: GroupRow, min_version: Version) -> Lease:
         last = self._core.store.segments.last_payload(row.group, row.member)

@@ -7,10 +7,12 @@ takes the same port if it can, gives every known session a fresh timeout, and go
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import Sequence
@@ -34,8 +36,8 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 """Longest wait for a message; time-driven work happens at least this often."""
 STATUS_INTERVAL_S = 1.0
-IDLE_EXIT_S = 15.0
-"""A run that was finished before this process started, and that nobody asks for, is left after this long."""
+MAX_STATUS_INTERVAL_S = 15.0
+"""Status lines grow rarer with the age of the process, an hour adding a second, so that weeks fit the file."""
 
 
 class Service:
@@ -53,6 +55,7 @@ class Service:
     def __init__(self, run_dir: Path, config: Config) -> None:
         self._config = config
         self._is_told_to_stop = False
+        self._is_credit_open = True
         self._store = RunStore(run_dir)
         self._brain = Brain(self._store, config, config.run.name)
         if self._brain.finished and not self._brain.is_nothing_left:
@@ -82,31 +85,39 @@ class Service:
         self._is_told_to_stop = True
 
     def run(self) -> int:
-        """Serve until the run is over or the process is told to stop; return the exit code."""
-        status_at = 0.0
+        """Serve until the run is over or the process is told to stop; return the exit code.
+
+        A run that was finished before this process started is left after a session timeout in which nobody
+        came.
+        """
+        look_at = status_at = 0.0
+        began_at = time.monotonic()
         over_at: float | None = None
         has_met_anyone = False
         while not (self._is_told_to_stop and not self._brain.finished):
             self.turn()
             now = time.monotonic()
             has_met_anyone = has_met_anyone or self._brain.num_live_sessions > 0
+            if now >= look_at:
+                look_at = now + STATUS_INTERVAL_S
+                self._give_or_withdraw_credit()
             if now >= status_at:
-                status_at = now + STATUS_INTERVAL_S
-                self._link.set_credit_open(self._store.num_bytes() < self._config.store.max_database_bytes)
-                self._meter.write_status(rejected=dict(self._link.rejected))
+                age_s = now - began_at
+                status_at = now + min(MAX_STATUS_INTERVAL_S, max(STATUS_INTERVAL_S, age_s / 3600))
+                self._write_status()
             if not self._brain.finished:
                 over_at = None
                 continue
-            over_at = over_at or now + (self._config.run.grace_s if has_met_anyone else IDLE_EXIT_S)
-            if (
-                self._is_told_to_stop
-            ):  # the run is over anyway: let the last clients say goodbye, but not for long
+            idle_s = self._config.transport.session_timeout_s
+            over_at = over_at or now + (self._config.run.grace_s if has_met_anyone else idle_s)
+            if self._is_told_to_stop:  # over anyway: let the last clients say goodbye, but not for long
                 over_at = min(over_at, now + self._config.run.grace_s / 3)
                 self._is_told_to_stop = False
             if now > over_at or (has_met_anyone and self._brain.num_live_sessions == 0):
-                self._brain.close_run()
-                log.info("run %s: over (%s)", self._config.run.name, self._brain.finished)
                 break
+        if self._brain.finished:
+            self._brain.close_run()
+            log.info("run %s: over (%s)", self._config.run.name, self._brain.finished)
         return 0
 
     def turn(self) -> None:
@@ -132,9 +143,31 @@ class Service:
     def close(self) -> None:
         """Release the address, the files and the database."""
         self._link.close()
-        self._meter.write_status(rejected=dict(self._link.rejected))
-        self._metrics.close()
+        with contextlib.suppress(sqlite3.Error, OSError):  # a failed disk must not hide what it failed at
+            self._write_status()
+            self._metrics.close()
         self._store.close()
+
+    def _write_status(self) -> None:
+        self._meter.write_status(rejected=dict(self._link.rejected), is_credit_open=self._is_credit_open)
+
+    def _give_or_withdraw_credit(self) -> None:
+        """At the ceiling of the database actors wait: nothing acknowledged is ever thrown away."""
+        num_bytes, ceiling = self._store.num_bytes(), self._config.store.max_database_bytes
+        is_open = num_bytes < ceiling
+        self._link.set_credit_open(is_open)
+        if is_open == self._is_credit_open:
+            return
+        self._is_credit_open = is_open
+        run = self._config.run.name
+        if is_open:
+            log.warning("run %s: the database has room again; actors go on", run)
+        else:
+            log.error(
+                "run %s: the database holds %d bytes, store.max_database_bytes is %d: actors wait. Checkpoints "
+                "make room with store.retention = until_checkpoint; otherwise resume with a higher ceiling",
+                *(run, num_bytes, ceiling),
+            )
 
     def _collect(self) -> Sequence[Event]:
         """Wait for messages; when segments come, wait a little longer so that one flush covers many."""

@@ -86,7 +86,7 @@ class Training:
         if branch is None:
             parent, step = history.current_lineage(), 0
         else:
-            if not self._proves(branch, message.trained_digest):
+            if not history.has_lineage(branch.lineage) or not self._proves(branch, message.trained_digest):
                 detail = f"no recorded history up to {branch} has the digest {message.trained_digest!r}"
                 self._refuse(session, "trained_digest", f"{detail}; resume from another checkpoint")
                 return
@@ -237,9 +237,14 @@ class Training:
             return
         core.finished = message.reason or "finished"
         core.store.set_meta("finished", core.finished)
-        for session, (role, _) in core.sessions.items():
-            if role != "learner":
-                core.out.send(session, Stop(reason=core.finished))
+        for session in core.sessions:
+            self.tell_if_over(session)
+
+    def tell_if_over(self, session: int) -> None:
+        """Tell a client of a finished run to stop; again at every sign of life, as any word may be lost."""
+        role, _ = self._core.sessions.get(session, ("observer", ""))
+        if self._core.finished and role != "learner":
+            self._core.out.send(session, Stop(reason=self._core.finished))
 
     # --------------------------------------------------------------------------------------------------------
     # - helpers

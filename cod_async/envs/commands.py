@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from cod_async.config.schema import EnvironmentConfig, LifecycleConfig
@@ -19,7 +20,8 @@ from cod_async.envs import registry
 from cod_async.envs.base import Environment, EnvironmentSpec, Policy, TaskSpec
 from cod_async.errors import EnvironmentInputError
 from cod_async.lifecycle.episodes import penalized_reward
-from cod_async.lifecycle.packs import PackPlan, Split, plan_pack, stable_seed
+from cod_async.lifecycle.packs import PackPlan, Split, plan_pack
+from cod_async.lifecycle.seeds import stable_seed
 
 MAX_PACK_SIZE = 10_000
 """Largest pack that ``show`` and ``play`` accept."""
@@ -71,28 +73,30 @@ def show(
         EnvironmentInputError: anything of the above is unknown or out of range; the message lists what
             exists.
     """
-    spec, preset, pack_size = _resolve(name, preset, pack_size)
+    spec = registry.get(name)
+    preset, pack_size, problems = _resolve(spec, preset, pack_size)
     if not 0 <= pack_seed < 1 << 64:
-        raise EnvironmentInputError(f"pack seed is {pack_seed}; it must be an integer from 0 to 2^64-1")
+        problems.append(f"pack seed is {pack_seed}; it must be an integer from 0 to 2^64-1")
+        pack_seed = 0
     if not 0 <= position < pack_size:
-        raise EnvironmentInputError(
-            f"position is {position}; a pack of {pack_size} has positions 0 to {pack_size - 1}"
-        )
-    merged = spec.options(preset, options)
-    environment = spec.make(merged)
-    if record is None:
-        record = next(iter(spec.records(merged, "train", 0)))
-    environment.reset(
-        TaskSpec(
-            environment=name,
-            preset=preset,
-            options=dict(options or {}),
-            record=dict(record),
-            pack_seed=pack_seed,
-            position=position,
-            pack_size=pack_size,
-        )
-    )
+        problems.append(f"position is {position}; a pack of {pack_size} has positions 0 to {pack_size - 1}")
+        position = 0
+    merged, environment = _make(spec, preset, options, problems)
+    if environment is not None:
+        with _noted(problems):
+            environment.reset(
+                TaskSpec(
+                    environment=name,
+                    preset=preset,
+                    options=dict(options or {}),
+                    record=dict(next(iter(spec.records(merged, "train", 0))) if record is None else record),
+                    pack_seed=pack_seed,
+                    position=position,
+                    pack_size=pack_size,
+                )
+            )
+    if problems or environment is None:
+        raise EnvironmentInputError(problems)
     return {"environment": name, "hidden": environment.hidden(), "task": environment.task_view()}
 
 
@@ -132,17 +136,19 @@ def play(
     Raises:
         EnvironmentInputError: unknown environment, preset, option or policy, or a number out of range.
     """
-    spec, preset, pack_size = _resolve(name, preset, pack_size)
+    spec = registry.get(name)
+    preset, pack_size, problems = _resolve(spec, preset, pack_size)
     if policy not in spec.policies:
         known = ", ".join(sorted(spec.policies))
-        raise EnvironmentInputError(f"environment {name}: no policy {policy!r}; policies are {known}")
+        problems.append(f"environment {name}: no policy {policy!r}; policies are {known}")
     if num_packs < 1:
-        raise EnvironmentInputError(f"the number of packs is {num_packs}; it must be at least 1")
+        problems.append(f"the number of packs is {num_packs}; it must be at least 1")
     if seed < 0:
-        raise EnvironmentInputError(f"the seed is {seed}; it must not be negative")
+        problems.append(f"the seed is {seed}; it must not be negative")
     overrides = dict(options or {})
-    merged = spec.options(preset, overrides)
-    spec.make(merged)  # refuses wrong options before anything is played
+    merged, _ = _make(spec, preset, overrides, problems)
+    if problems:
+        raise EnvironmentInputError(problems)
     penalty = LifecycleConfig().solve_penalty if solve_penalty is None else solve_penalty
     mixture = [EnvironmentConfig(name=name, preset=preset, options=overrides)]
 
@@ -185,13 +191,33 @@ async def _play_pack(
     return rewards
 
 
-def _resolve(name: str, preset: str | None, pack_size: int | None) -> tuple[EnvironmentSpec, str, int]:
-    """Fill in an environment's defaults and check the pack size."""
-    spec = registry.get(name)
-    size = spec.default_pack_size if pack_size is None else pack_size
-    if not 1 <= size <= MAX_PACK_SIZE:
-        raise EnvironmentInputError(f"pack size is {size}; it must be from 1 to {MAX_PACK_SIZE}")
-    return spec, spec.default_preset if preset is None else preset, size
+def _resolve(spec: EnvironmentSpec, preset: str | None, pack_size: int | None) -> tuple[str, int, list[str]]:
+    """Fill in an environment's defaults; a wrong pack size is a problem, and counts as the default."""
+    problems = []
+    if pack_size is not None and not 1 <= pack_size <= MAX_PACK_SIZE:
+        problems.append(f"pack size is {pack_size}; it must be from 1 to {MAX_PACK_SIZE}")
+        pack_size = None
+    preset = spec.default_preset if preset is None else preset
+    return preset, spec.default_pack_size if pack_size is None else pack_size, problems
+
+
+def _make(
+    spec: EnvironmentSpec, preset: str, options: Mapping[str, Any] | None, problems: list[str]
+) -> tuple[dict[str, Any], Environment | None]:
+    """Merge the options and make the environment, or None if they are wrong."""
+    with _noted(problems):
+        merged = spec.options(preset, options)
+        return merged, spec.make(merged)
+    return {}, None
+
+
+@contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Add what is wrong with the input to ``problems`` instead of raising it."""
+    try:
+        yield
+    except EnvironmentInputError as error:
+        problems.extend(error.problems)
 
 
 def _mean_and_sem(values: Sequence[float]) -> dict[str, float]:

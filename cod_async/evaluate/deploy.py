@@ -195,7 +195,7 @@ def _shown_hint(
     if control == "truth":
         return lambda position, hint: _truth(setting, pack, position)
     donor_hints = setting.passes["normal"].hints[setting.donors[pack]][member]
-    return lambda position, hint: donor_hints.get(position, hint)
+    return lambda position, hint: donor_hints[position]
 
 
 def _truth(setting: _Setting, pack: int, position: int) -> str:

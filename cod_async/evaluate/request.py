@@ -6,7 +6,6 @@ requests meet equal packs whatever the model, and training packs are not met aga
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from cod_async.envs import registry
 from cod_async.envs.base import EnvironmentSpec, TaskSpec, canonical_json
 from cod_async.errors import InputError
 from cod_async.lifecycle.packs import plan_pack
+from cod_async.lifecycle.seeds import hash64
 
 Control = Literal["normal", "blanked", "swapped", "truth"]
 Split = Literal["train", "held_out"]
@@ -76,8 +76,7 @@ def plan(request: EvaluationRequest, config: Config) -> list[tuple[TaskSpec, ...
     """Return the tasks of each pack; groups are numbered from 0 under the evaluation's own seed."""
     mixture = (EnvironmentConfig(name=request.environment, preset=request.preset, options=request.options),)
     # A seed of its own kind: evaluation packs must not be the training packs of the same number.
-    digest = hashlib.sha256(f"evaluation/{request.split}/{request.seed}".encode()).digest()
-    run_seed = int.from_bytes(digest[:7], "big")
+    run_seed = hash64(f"evaluation/{request.split}/{request.seed}") >> 8
     return [
         plan_pack(mixture, config.lifecycle.pack_size, run_seed, group, request.split).tasks()
         for group in range(request.num_packs)
@@ -111,5 +110,4 @@ def donors(worlds: Sequence[str]) -> list[int]:
 
 def sampling_seed(seed: int, pack: int, member: int) -> int:
     """Return the sampling seed (0 .. 2^63 - 1) of one lifecycle; equal for all controls, which pairs them."""
-    digest = hashlib.sha256(f"evaluate/{seed}/{pack}/{member}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return hash64(f"evaluate/{seed}/{pack}/{member}") >> 1

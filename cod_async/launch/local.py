@@ -9,6 +9,7 @@ unfinished one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -193,10 +194,8 @@ class _Launch:
     def _is_finished(self) -> bool:
         """Whether training ended earlier and the configuration asks for no more than it did then."""
         finished = self._state["finished"]
-        if finished is None and not self._overrides and _finish_reason(self._run_dir):
-            finished = _end_of(
-                self._config
-            )  # the launcher died between the learner's last word and its own note
+        if finished is None and not self._overrides and _is_closed(self._run_dir):
+            finished = _end_of(self._config)  # the launcher died before it could make its own note
         return finished is not None and finished == _end_of(self._config)
 
     def _is_over(self) -> bool:
@@ -267,24 +266,32 @@ class _Launch:
             raise InterruptedRunError
 
     def _supervise(self, supervisor: Supervisor) -> None:
-        """Poll until the learner ends with code 0, then let the others end by themselves."""
+        """Poll until the coordinator ends because the run is over, then see the others off.
+
+        The coordinator tells the actors to stop, waits for their last words, closes the books and ends; only
+        then nobody is needed any more, so until then whoever dies is started again, the coordinator too.
+        """
         events = _Events(self._run_dir, self._config)
-        learner = next(child for child in supervisor.children if child.role == "learner")
+        coordinator, learner = (
+            next(child for child in supervisor.children if child.role == role)
+            for role in ("coordinator", "learner")
+        )
+        over_s: float | None = None
         try:
-            while True:
+            while not coordinator.is_finished:
                 self._raise_if_interrupted()
                 events.write(self._history.add(self._reader.poll()))
                 supervisor.poll()
                 if learner.is_finished:
-                    break
+                    over_s = over_s or time.monotonic()
+                    if time.monotonic() - over_s > 2 * self._config.run.grace_s:
+                        break
                 self._progress.training(self._history)
                 events.plot_if_due()
                 time.sleep(_LOOP_S)
-            # The coordinator tells the actors to stop, waits for their last words, and ends. An actor that was
-            # only just starting never spoke to it, and would look for it until it is stopped.
+            # Who is only just starting again never spoke to the coordinator, and would look for it for ever.
             supervisor.let_go("learner", "actor", "coordinator")
-            supervisor.wait(self._config.run.grace_s, "learner", "coordinator")
-            supervisor.wait(_LEAVE_S, "actor")
+            supervisor.wait(_LEAVE_S, "learner", "actor")
             events.write(self._history.add(self._reader.poll()))
         finally:
             events.close()
@@ -407,17 +414,25 @@ def _read_state(run_dir: Path) -> dict[str, Any]:
 
 def _finish_reason(run_dir: Path) -> str:
     """Return why training is over according to the run database; empty while it is not."""
+    found = _ask_store(run_dir, "SELECT value FROM meta WHERE name = 'finished'")
+    return str(found[0]) if found else ""
+
+
+def _is_closed(run_dir: Path) -> bool:
+    """Whether training is over and the coordinator has closed the books: no group is left to its fate."""
+    left = "SELECT 1 FROM groups WHERE state IN ('open', 'closed', 'planned')"
+    return bool(_finish_reason(run_dir)) and _ask_store(run_dir, left) is None
+
+
+def _ask_store(run_dir: Path, query: str) -> Any:
+    """Return the first row that a query finds in the run database; None without a row or a database."""
     from cod_async.store.schema import connect_reader
 
     try:
-        connection = connect_reader(run_dir)
+        with contextlib.closing(connect_reader(run_dir)) as connection:
+            return connection.execute(query).fetchone()
     except StoreError:
-        return ""
-    try:
-        found = connection.execute("SELECT value FROM meta WHERE name = 'finished'").fetchone()
-    finally:
-        connection.close()
-    return str(found[0]) if found else ""
+        return None
 
 
 def _ledger(run_dir: Path) -> dict[str, Any] | None:

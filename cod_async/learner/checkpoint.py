@@ -20,11 +20,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+from cod_async.durable import commit_folder, remove_folder
 from cod_async.errors import CheckpointError, InputError
 from cod_async.lifecycle.segment import Version
 from cod_async.models.directory import load_model, save_model
 from cod_async.models.qwen3 import Qwen3
-from cod_async.weights.durable import commit_folder, file_sha256, remove_folder
+from cod_async.weights.digest import file_sha256
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ import torch
 
 from cod_async.config.load import config_digest, load_resolved
 from cod_async.config.schema import Config
+from cod_async.durable import write_atomic
 from cod_async.errors import CheckpointError, NumericsError
 from cod_async.learner.checkpoint import (
     TrainerRecord,
@@ -35,7 +36,6 @@ from cod_async.learner.step import Trainer
 from cod_async.lifecycle.segment import Version
 from cod_async.models.directory import load_model, weights_of
 from cod_async.store.trained import EMPTY_TRAINED_DIGEST, extend_trained_digest
-from cod_async.weights.durable import write_file
 from cod_async.weights.publish import publish
 from cod_async.wire.messages import Checkpointed, TrainItem
 
@@ -109,7 +109,7 @@ class Learner:
             name = f"step_{self.version.step:08d}-L{self.version.lineage}.msgpack"
             path = self.run_dir / FAILED_STEPS_FOLDER / name
             path.parent.mkdir(exist_ok=True)
-            write_file(path, msgspec.msgpack.encode({"plan_digest": plan_digest, "items": items}))
+            write_atomic(path, msgspec.msgpack.encode({"plan_digest": plan_digest, "items": items}))
             raise NumericsError(f"{error}; its batch is kept in {path}") from None
         lags = [item.lag_steps for item in items]
         metrics |= {

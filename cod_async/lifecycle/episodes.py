@@ -9,7 +9,6 @@ to the placeholder, each with a metric.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from cod_async.errors import EngineError, InfrastructureError, InputError
 from cod_async.lifecycle.arrays import Array
 from cod_async.lifecycle.hint import HintPrompts
 from cod_async.lifecycle.rendering import Renderer
+from cod_async.lifecycle.seeds import derived_seed
 from cod_async.lifecycle.segment import (
     Finish,
     LifecycleState,
@@ -51,12 +51,6 @@ class LifecycleSpec:
     actor: str
     tasks: tuple[TaskSpec, ...]
     sampling_seed: int
-
-
-def derived_seed(*parts: int) -> int:
-    """Return a stable hash of integers in 0 .. 2^63-1 (SHA-256 over their decimal forms)."""
-    digest = hashlib.sha256(",".join(str(part) for part in parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,13 @@
 
 A plan is a pure function of (mixture, pack size, run seed, group, split): no generator is replayed, no state
 is kept, so the coordinator can plan group one million as cheaply as group zero, and a restarted coordinator
-plans the same packs. Every random choice is a SHA-256 of what it depends on. The pack seed is stable in the
-sense of the paper's
-reference: it is derived from the identities of the records, not from a process-dependent hash, and mixed with
-the run seed and the group so that a second epoch over the same records meets new hidden worlds.
+plans the same packs. The pack seed is stable in the sense of the paper's reference: it is derived from the
+identities of the records, not from a process-dependent hash, and mixed with the run seed and the group so
+that a second epoch over the same records meets new hidden worlds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -22,6 +20,8 @@ from cod_async.config.schema import EnvironmentConfig
 from cod_async.envs import registry
 from cod_async.envs.base import TaskSpec
 from cod_async.errors import EnvironmentInputError
+from cod_async.lifecycle.seeds import hash64
+from cod_async.lifecycle.seeds import stable_seed as stable_seed
 
 Split = Literal["train", "held_out"]
 
@@ -63,16 +63,6 @@ class PackPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-def stable_seed(*parts: int | str) -> int:
-    """Hash integers and strings to a seed that is equal in every process, on every machine, in every Python.
-
-    Returns:
-        The first 8 bytes, big-endian, of the SHA-256 of the parts as compact JSON: 0 .. 2^64-1.
-    """
-    text = json.dumps(parts, separators=(",", ":"))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
 def stable_pack_seed(pairs: Iterable[tuple[int, int]]) -> int:
     """Hash the identities of a pack's records, whatever their order (the reference's ``stable_pack_seed``).
 
@@ -84,7 +74,7 @@ def stable_pack_seed(pairs: Iterable[tuple[int, int]]) -> int:
         For example (0,0), (0,1), (0,2), (0,3) gives 15069623396018555611.
     """
     text = json.dumps(sorted([int(a), int(b)] for a, b in pairs), separators=(",", ":"))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return hash64(text)
 
 
 def plan_pack(

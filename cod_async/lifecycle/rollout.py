@@ -22,7 +22,6 @@ from cod_async.lifecycle.episodes import (
     LifecycleSpec,
     Player,
     ShownHint,
-    derived_seed,
     environment_errors,
     penalized_reward,
     solve,
@@ -42,7 +41,6 @@ from cod_async.lifecycle.segment import (
 __all__ = [
     "LifecycleSpec",
     "ShownHint",
-    "derived_seed",
     "initial_state",
     "penalized_reward",
     "play",

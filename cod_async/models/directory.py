@@ -9,7 +9,6 @@ under a temporary name, flushes it to disk and renames it, so a crash leaves the
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cod_async.durable import write_atomic
 from cod_async.errors import InputError
 from cod_async.models.qwen3 import Qwen3, Qwen3Config
 
@@ -70,9 +70,9 @@ def save_model(path: Path, model: Qwen3) -> None:
     tensors = {name: tensor.contiguous().cpu() for name, tensor in weights_of(model).items()}
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _write_atomic(path / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-        _write_atomic(path / CONFIG_FILE, _json_bytes(config))
-        _write_atomic(path / GENERATION_FILE, _json_bytes(generation))
+        write_atomic(path / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+        write_atomic(path / CONFIG_FILE, _json_bytes(config))
+        write_atomic(path / GENERATION_FILE, _json_bytes(generation))
     except OSError as error:
         raise InputError(
             f"cannot write the model directory {path}: {error}; choose a writable folder"
@@ -288,21 +288,3 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _write_atomic(path: Path, data: bytes) -> None:
-    """Write under a temporary name in the same folder, flush to disk, rename over ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -9,14 +9,13 @@ our own renderers read the same files. No torch is loaded here.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from cod_async.durable import write_atomic
 from cod_async.errors import InputError
 
 TERSE_SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eot>", "<user>", "<asst>")
@@ -54,21 +53,6 @@ CHATML_TEMPLATE = (
 )
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees all of it or nothing."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def _save(model_dir: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> int:
     """Write both files and return the vocabulary size."""
     model_dir.mkdir(parents=True, exist_ok=True)
@@ -77,8 +61,9 @@ def _save(model_dir: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> int:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    _write(model_dir / "tokenizer.json", tokenizer.to_str(pretty=False))
-    _write(model_dir / "tokenizer_config.json", json.dumps(common | config, indent=2) + "\n")
+    write_atomic(model_dir / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
+    settings = json.dumps(common | config, indent=2) + "\n"
+    write_atomic(model_dir / "tokenizer_config.json", settings.encode())
     return int(tokenizer.get_vocab_size(with_added_tokens=True))
 
 

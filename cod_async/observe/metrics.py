@@ -74,6 +74,7 @@ class History:
 
     def __init__(self) -> None:
         self._steps: dict[int, Record] = {}
+        self._newest_lineage = 0
         self.status: Record = {}
         """Newest record of kind ``status``; empty before the first."""
 
@@ -90,13 +91,14 @@ class History:
 
     def _add_step(self, record: Record) -> None:
         step, lineage = record["step"], record.get("lineage", 0)
-        old = self._steps.get(step)
-        if old is not None and old.get("lineage", 0) > lineage:
-            return
-        # A newer lineage branched off at or before this step: what the older one did from here on did not
-        # happen.
-        for other in [s for s in self._steps if s >= step and self._steps[s].get("lineage", 0) < lineage]:
-            del self._steps[other]
+        if lineage < self._newest_lineage:
+            return  # a late line of an abandoned lineage
+        if lineage > self._newest_lineage:
+            # It branched off at or before this step: what older ones did from here on did not happen. Looked
+            # for once per lineage, because runs have many steps and few lineages.
+            self._newest_lineage = lineage
+            for other in [number for number in self._steps if number >= step]:
+                del self._steps[other]
         self._steps[step] = record
 
     @property

@@ -16,8 +16,8 @@ from typing import Any
 from rich.table import Table
 
 from cod_async.config import config_digest
-from cod_async.config.load import write_atomic
 from cod_async.config.schema import Config
+from cod_async.durable import write_atomic
 from cod_async.observe.metrics import History, lag_statistics, position_gap
 from cod_async.observe.progress import format_duration
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from cod_async.config.load import write_atomic
+from cod_async.durable import write_atomic
 from cod_async.lifecycle.rendering import TextTokenizer
 from cod_async.lifecycle.segment import Row, Segment
 from cod_async.store.schema import connect_reader

@@ -105,10 +105,11 @@ class RunStore:
         """
         self._connection.execute("DROP TABLE IF EXISTS temp.doomed")
         self._connection.execute(
-            "CREATE TEMP TABLE doomed AS SELECT segments.payload, segments.grp, member, ordinal FROM "
-            "segments "
-            "JOIN groups USING (grp) WHERE segments.payload IS NOT NULL AND groups.state IN ('trained', "
-            "'dropped') "
+            # CROSS JOIN keeps this order: only segments that still have a payload are looked at, not all of
+            # history.
+            "CREATE TEMP TABLE doomed AS SELECT segments.payload, segments.grp, member, ordinal "
+            "FROM segments INDEXED BY segments_payload CROSS JOIN groups USING (grp) "
+            "WHERE segments.payload IS NOT NULL AND groups.state IN ('trained', 'dropped') "
             "AND ((segments.state = 'trained' AND segments.trained_step < ?) OR segments.state = 'dropped')",
             (before_step,),
         )

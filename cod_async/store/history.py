@@ -151,14 +151,15 @@ class HistoryTable:
         """Return the step that led to ``version``, wherever on its ancestry it was taken; None if unknown."""
         lineage: int | None = version.lineage
         while lineage is not None:
-            if not self._has_lineage(lineage):
+            if not self.has_lineage(lineage):
                 return None
             if version.step > self.branch_step(lineage):
                 return self.step(Version(lineage, version.step - 1))
             lineage = self.parent(lineage)
         return None
 
-    def _has_lineage(self, lineage: int) -> bool:
+    def has_lineage(self, lineage: int) -> bool:
+        """Say whether the run has such a lineage."""
         return (
             self._connection.execute("SELECT 1 FROM lineages WHERE lineage = ?", (lineage,)).fetchone()
             is not None
@@ -288,7 +289,7 @@ class HistoryTable:
         """Return the steps that lead to version (``lineage``, ``end``)."""
         path: set[tuple[int, int]] = set()
         while lineage is not None:
-            start = min(end, self.branch_step(lineage)) if self._has_lineage(lineage) else end
+            start = min(end, self.branch_step(lineage)) if self.has_lineage(lineage) else end
             path |= {(lineage, step) for step in range(start, end)}
             end, lineage = start, self.parent(lineage)
         return path

@@ -57,11 +57,15 @@ class LineageTree:
         self.current = current
         self._digests = dict(digests)
         self._publish_every = publish_every_steps
+        own = (version for version in self._digests if version.lineage == current)
+        self._newest: Version | None = max(own, default=None)
         self._births: dict[Version, Birth] = {}
 
     def publish(self, version: Version, digest: str) -> None:
         """Note a newly published version."""
         self._digests[version] = digest
+        if version.lineage == self.current and (self._newest is None or version > self._newest):
+            self._newest = version
         self._births.clear()
 
     def is_published(self, version: Version) -> bool:
@@ -74,8 +78,7 @@ class LineageTree:
 
     def newest_published(self) -> Version | None:
         """Return the newest version published on the current lineage itself."""
-        own = [version for version in self._digests if version.lineage == self.current]
-        return max(own, default=None)
+        return self._newest
 
     def at(self, step: int) -> Version:
         """Return the version that the surviving history has at ``step``."""
@@ -115,8 +118,7 @@ class LineageTree:
         return Birth(birth, is_settled or birth == version.step)
 
     def _will_be_published(self, step: int) -> bool:
-        newest = self.newest_published()
-        return step % self._publish_every == 0 and (newest is None or step > newest.step)
+        return step % self._publish_every == 0 and (self._newest is None or step > self._newest.step)
 
     def _ancestry(self, lineage: int) -> dict[int, int | None]:
         """Return the lineages on the way to the root with the last step each contributes (None: no end)."""

@@ -445,7 +445,10 @@ class ClientLink:
         return BURST
 
     def _is_drained(self, now: float) -> bool:
-        """Whether the link may end: all settled and said, or out of time. Says the last words."""
+        """Whether the link may end: all settled and said, or out of time. Says the last words.
+
+        While there is time it waits for a lost connection to come back, or nobody would hear them.
+        """
         assert self._close_at is not None  # noqa: S101
         is_out_of_time = now >= self._close_at
         if not is_out_of_time and (self._session.num_unacked or self._commands):
@@ -454,10 +457,13 @@ class ClientLink:
             self._session.say(self._last_words, is_last=True)
             self._last_words = None
             self._send_burst(now)
-        return is_out_of_time or self._session.num_oneway == 0 or self._session.state != "open"
+        is_said = self._last_words is None and self._session.num_oneway == 0 and self._held is None
+        return is_out_of_time or is_said
 
     def _wait(self, now: float) -> None:
-        deadline = min(self._session.deadline(now), self._connector.deadline(now))
+        deadline = self._connector.deadline(now)
+        if self._held is None:  # else nothing new becomes due before the connection takes what is held
+            deadline = min(deadline, self._session.deadline(now))
         if self._close_at is not None:
             deadline = min(deadline, max(self._close_at, now + 0.01))
         pipe = self._connector.pipe

@@ -182,7 +182,12 @@ class ServerLink:
 
     def _reply(self, replies: list[Reply]) -> None:
         for client_id, session, message in replies:
-            self._deliver(client_id, session, encode_body(message))
+            try:
+                body = encode_body(message, max_message_bytes=self._config.max_message_bytes)
+            except WireError as error:  # one client's odd numbers must not end everybody's coordinator
+                log.error("run %s: a %s was not sent: %s", self._run, type(message).__name__, error)
+                continue
+            self._deliver(client_id, session, body)
 
     def _deliver(self, client_id: bytes, session: int, body: bytes) -> bool:
         delivery = self._pipe.send(client_id, frame_body(body, run=self._run, session=session))

@@ -16,10 +16,10 @@ import msgspec
 import torch
 from safetensors.torch import save_file
 
+from cod_async.durable import commit_folder, remove_folder
 from cod_async.errors import WeightsError
 from cod_async.lifecycle.segment import Version
-from cod_async.weights.digest import tensors_digest
-from cod_async.weights.durable import commit_folder, file_sha256, remove_folder
+from cod_async.weights.digest import file_sha256, tensors_digest
 from cod_async.weights.manifest import Manifest, Shard
 
 WEIGHTS_FOLDER = "weights"

@@ -59,7 +59,7 @@ class Incoming:
 
 @dataclass(slots=True)
 class _Entry:
-    """A sealed segment in the outbox; ``seq`` 0 means not sent in this session."""
+    """A sealed segment in the outbox; ``seq`` 0 means not sent in this session, ``is_known`` sent in any."""
 
     outbox_id: int
     raw: bytes
@@ -68,6 +68,7 @@ class _Entry:
     body: bytes = b""
     send_at: float = 0.0
     num_sends: int = 0
+    is_known: bool = False
 
 
 class ClientSession:
@@ -218,7 +219,8 @@ class ClientSession:
         """Return the time at which :meth:`next_outgoing` or :meth:`is_peer_dead` may change by time alone."""
         if self.state in ("offline", "refused"):
             return now + self.heartbeat_s
-        times = [self._heard_at + self.session_timeout_s]
+        dead_at = self._heard_at + self.session_timeout_s
+        times = [dead_at] if dead_at > now else []  # a peer that is dead already does not die again
         if self.state == "greeting":
             times.append(self._hello_at)
         else:
@@ -340,6 +342,7 @@ class ClientSession:
     def _sent(self, entry: _Entry, now: float) -> None:
         entry.send_at = now + self._resend_s * (1 << min(entry.num_sends, MAX_BACKOFF))
         entry.num_sends += 1
+        entry.is_known = True
 
     def _acked(self, ack: Ack, incoming: Incoming) -> None:
         for seq in ack.seqs:
@@ -351,11 +354,13 @@ class ClientSession:
         self._credit_bytes = max(self._credit_bytes, ack.credit_bytes)
 
     def _fenced(self, fence: Fence, incoming: Incoming) -> None:
-        """Drop what was never sent; what was sent may be committed already, so its ack decides."""
+        """Drop what was never sent; what was sent, in this session or an earlier one, may be committed
+        already, so its ack decides.
+        """
         fenced = set(fence.leases)
         kept: deque[_Entry] = deque()
         for entry in self._unsent:
-            if entry.lease in fenced:
+            if entry.lease in fenced and not entry.is_known:
                 incoming.settled.append((entry.outbox_id, FENCED_BEFORE_SEND))
             else:
                 kept.append(entry)

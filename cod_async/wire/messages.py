@@ -27,6 +27,8 @@ PROTOCOL_VERSION = 1
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Text = Annotated[str, Meta(max_length=4096)]
+Numbers = Annotated[dict[Annotated[str, Meta(max_length=128)], float], Meta(max_length=1024)]
+"""Counters and metrics by name. Bounded, because the coordinator writes them down."""
 Role = Literal["actor", "learner", "observer"]
 
 
@@ -71,7 +73,7 @@ class Heartbeat(_Message, frozen=True, tag="heartbeat"):
     holds.
     """
 
-    counters: dict[str, float] = {}
+    counters: Numbers = {}
     engine_version: Version | None = None
     held: list[LeaseRef] = []
 
@@ -108,8 +110,8 @@ class OpenLineage(_Message, frozen=True, tag="open_lineage"):
     """
 
     branch: Version | None
-    trained_digest: str
-    nonce: str
+    trained_digest: Text
+    nonce: Text
 
 
 class StepRequest(_Message, frozen=True, tag="step_request"):
@@ -125,7 +127,7 @@ class StepDone(_Message, frozen=True, tag="step_done"):
 
     version: Version
     plan_digest: str
-    metrics: dict[str, float]
+    metrics: Numbers
 
 
 class Published(_Message, frozen=True, tag="published"):
@@ -153,7 +155,7 @@ class Finished(_Message, frozen=True, tag="finished"):
 class Bye(_Message, frozen=True, tag="bye"):
     """Clean end of a session with final counters; nothing follows."""
 
-    counters: dict[str, float] = {}
+    counters: Numbers = {}
 
 
 ToCoordinator = (

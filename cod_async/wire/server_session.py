@@ -34,6 +34,8 @@ from cod_async.wire.seqs import MAX_SPREAD, SeqSet
 
 MAX_REMEMBERED = 4096
 MAX_REPLACED = 3
+MAX_SEQ = 1 << 60
+"""No session comes this far; beyond it, cumulative credit would no longer fit its message."""
 REFUSAL_INTERVAL_S = 0.25
 FATAL_CODES = frozenset({"protocol", "session_replaced"})
 CloseReason = Literal["expired", "replaced", "bye"]
@@ -350,6 +352,8 @@ class ServerSessions:
 
     @staticmethod
     def _bad_hello(hello: Hello) -> str:
+        if hello.last_seq > MAX_SEQ or hello.settled_bytes > MAX_SEQ:
+            return f"sequence number {hello.last_seq}, {hello.settled_bytes} settled bytes"
         if len(hello.unacked) > MAX_SPREAD:
             return f"{len(hello.unacked)} unacknowledged segments"
         if hello.unacked:

@@ -17,6 +17,8 @@ from cod_async.errors import WireError
 from cod_async.lifecycle.segment import LifecycleState, Row, Segment, Version, kind_and_position, num_episodes
 
 MAX_INT = 1 << 62
+MAX_REWARD = 1e9
+"""Largest magnitude of a reward: sums of squares over a group stay far from overflow, also in float32."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -118,8 +120,8 @@ def _check_state(segment: Segment, state: LifecycleState, pack_size: int) -> Non
 
 def _check_numbers(segment: Segment, max_metrics: int) -> None:
     for what, value in (("reward", segment.reward), ("raw_reward", segment.raw_reward)):
-        if not math.isfinite(value):
-            raise WireError("bad_reward", f"{what} is {value}")
+        if not abs(value) <= MAX_REWARD:  # NaN is not, either
+            raise WireError("bad_reward", f"{what} is {value}, must be within {MAX_REWARD:g} of 0")
     if not (math.isfinite(segment.wall_s) and segment.wall_s >= 0):
         raise WireError("bad_metrics", f"wall_s is {segment.wall_s}")
     if len(segment.metrics) > max_metrics:

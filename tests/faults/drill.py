@@ -1,20 +1,19 @@
 """Kill processes of real runs at random moments, and let an independent checker judge what is left.
 
-    python -m tests.faults.drill --role all --kills 20 --seed 1 --report docs/reports/faults.json
+    python -m tests.faults.drill --role all --kills 20 --seed 1 --report faults.json
 
-Roles: ``actor``, ``coordinator``, ``learner`` (kill -9 of one process, which the launcher restarts),
-``everything`` (kill -9 of the launcher and all its processes at once, then ``--resume``), ``launcher`` (kill -9 of the
-launcher alone, whose processes must end by themselves, then ``--resume``), ``interrupt`` (SIGTERM or SIGINT to the
-launcher, then ``--resume``), ``pause`` (SIGSTOP of an actor beyond its lease, then SIGCONT), ``all``. One run takes
-several faults; every run is checked when it is over. Moments are drawn from the seed: exponential gaps after the
-last victim works again, and every fourth time no waiting at all, so that recovery is hit as well.
+Moments are drawn from the seed: exponential gaps after the last victim works again; every fourth time no
+waiting at all, so that recovery is hit as well; every third time the drill aims (a commit, a half-written
+checkpoint, a half-written publication). One run takes several faults; every run is checked when it is over.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -24,19 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from .checker import check_run
-from .runner import START_S, DrilledRun, DrillError, wait_for
+from .faults import FAULTS, Fault, Over
+from .runner import DrilledRun, DrillError
 
-KILLED = ("actor", "coordinator", "learner", "everything")
-ROLES = (*KILLED, "launcher", "interrupt", "pause")
-KILLS_PER_RUN = 7
-"""A child may be restarted twelve times in two minutes before the launcher gives up, so no run takes more."""
-SHORT_FRACTION = 4
-"""The roles that ``all`` adds to the four main ones get a fourth of the faults, and at least one."""
-MEAN_GAP_S = 0.8
+MAIN = ("actor", "coordinator", "learner", "everything")
+ADDED_FRACTION = 4
+"""The roles that ``all`` adds to the main ones get a fourth of the faults, and at least two."""
 END_S = 240.0
 ORPHAN_S = 10.0
-STEPS = {"pause": 60}
-"""Steps of a run by role, so long that its faults find it at work; 120 where nothing is said."""
 
 
 class Drill:
@@ -44,23 +38,32 @@ class Drill:
 
     Args:
         folder: for runs, model and journals.
-        role: see the module.
+        role: a name in ``FAULTS``.
         rng: draws the moments and the victims.
         tell: called with progress lines.
+        num_steps: steps of a run; None takes the role's.
     """
 
-    def __init__(self, folder: Path, role: str, rng: random.Random, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        role: str,
+        rng: random.Random,
+        tell: Callable[[str], None],
+        num_steps: int | None = None,
+    ) -> None:
         self._folder = folder
         self._role = role
         self._rng = rng
         self._tell = tell
+        self._num_steps = num_steps
         self.runs: list[dict[str, Any]] = []
 
     def go(self, num_faults: int) -> dict[str, Any]:
         """Do ``num_faults`` faults over as many runs as it takes; return the role's part of the report."""
         started, done = time.monotonic(), 0
         while done < num_faults:
-            report = self.one_run(len(self.runs), min(KILLS_PER_RUN, num_faults - done))
+            report = self.one_run(len(self.runs), num_faults - done)
             self.runs.append(report)
             done += report["num_faults"]
             if report["problems"] or report["num_faults"] == 0:
@@ -75,259 +78,152 @@ class Drill:
         }
 
     def one_run(self, index: int, num_faults: int) -> dict[str, Any]:
-        """Start a run, hit it up to ``num_faults`` times, wait for its end, check it."""
+        """Start a run, hit it, wait for its end, check it."""
         name = f"{self._role}-{index}"
-        overrides: dict[str, Any] = {"run.num_steps": STEPS.get(self._role, 120)}
+        kind = FAULTS[self._role]
+        overrides = {"run.num_steps": self._num_steps or kind.num_steps, **kind.overrides}
         run = DrilledRun(self._folder, name, overrides)
         started = time.monotonic()
-        report: dict[str, Any] = {"run": name, "num_faults": 0, "faults": [], "problems": []}
+        faults: list[dict[str, Any]] = []
+        problems: list[str] = []
+        report: dict[str, Any] = {"run": name, "num_faults": 0, "faults": faults, "problems": problems}
         try:
             run.launch()
-            self._hit(run, num_faults, report)
+            self._hit(kind(run, self._role, self._rng), min(num_faults, kind.max_faults), faults)
             code = run.wait_end(END_S)
             if code != 0:
-                report["problems"].append(f"the launcher ended with code {code}; {run.tail()}")
-            left = run.wait_gone(ORPHAN_S)
-            report["problems"] += [f"orphan: {line}" for line in left]
+                problems.append(f"the launcher ended with code {code}; {run.tail()}")
+            problems += [f"orphan: {line}" for line in run.wait_gone(ORPHAN_S)]
             self._judge(run, report)
         except DrillError as error:
-            report["problems"].append(str(error))
+            problems.append(str(error))
         finally:
             run.destroy()
-        report["wall_s"] = round(time.monotonic() - started, 1)
+        report |= {"num_faults": len(faults), "wall_s": round(time.monotonic() - started, 1)}
+        counts = ", ".join(f"{count:,} {what}" for what, count in report.get("counts", {}).items())
         self._tell(
-            f"{name}: {report['num_faults']} faults, {report['wall_s']:.0f} s, "
-            f"{report.get('counts', {})}, {len(report['problems'])} problems"
+            f"{name}: {len(faults)} faults, {report['wall_s']:.0f} s, {len(problems)} problems; {counts}"
         )
-        for problem in report["problems"][:5]:
+        for problem in problems[:5]:
             self._tell(f"  {problem}")
         return report
+
+    def _hit(self, fault: Fault, num_faults: int, faults: list[dict[str, Any]]) -> None:
+        try:
+            fault.prepare()
+            while len(faults) < num_faults:
+                gap_s = fault.gap_s()
+                time.sleep(gap_s)
+                step = fault.run.step()
+                faults.append({"step": step, "gap_s": round(gap_s, 3), **fault.strike()})
+        except Over:
+            pass
 
     def _judge(self, run: DrilledRun, report: dict[str, Any]) -> None:
         verdict = check_run(run.run_dir, run.acks)
         report["problems"] += verdict.problems
         report["counts"] = verdict.counts
-        ledger = run.ledger()
-        report["ledger"] = ledger
+        report["ledger"] = ledger = run.ledger()
         if not ledger["balanced"]:
             report["problems"].append(f"the ledger is not balanced: {ledger}")
         if ledger["segments"]["in_flight"] or ledger["tokens"]["in_flight"]:
             report["problems"].append(f"something is in flight after the end: {ledger}")
 
-    # -------------------------------------------------------------------------------------------------- faults
 
-    def _hit(self, run: DrilledRun, num_faults: int, report: dict[str, Any]) -> None:
-        fault = {
-            "everything": self._kill_everything,
-            "launcher": self._kill_launcher,
-            "interrupt": self._interrupt,
-            "pause": self._pause,
-        }.get(self._role, self._kill_one)
-        if not self._wait_or_over(run, lambda: run.step() > 0, "the first step"):
-            return
-        while report["num_faults"] < num_faults:
-            is_in_recovery = report["num_faults"] > 0 and self._rng.random() < 0.25
-            gap_s = min(self._rng.expovariate(1 / MEAN_GAP_S), 5.0)
-            time.sleep(gap_s)
-            if run.is_over:
-                return
-            step = run.step()
-            detail = fault(run, is_in_recovery)
-            if detail is None:
-                return
-            report["num_faults"] += 1
-            report["faults"].append({"step": step, "gap_s": round(gap_s, 3), **detail})
-
-    def _kill_one(self, run: DrilledRun, is_in_recovery: bool) -> dict[str, Any] | None:
-        """Kill one process of the role; wait until its successor works, or only until it exists."""
-        pids = run.pids(self._role)
-        if not pids:
-            if not self._wait_or_over(run, lambda: bool(run.pids(self._role)), f"a {self._role}"):
-                return None
-            pids = run.pids(self._role)
-        name = self._rng.choice(sorted(pids))
-        before = run.mark()
-        started = time.monotonic()
-        run.kill(pids[name])
-
-        def is_back() -> bool:
-            pid = run.pids(self._role).get(name)
-            if pid is None or pid == pids[name]:
-                return False
-            return is_in_recovery or run.has_progressed(self._role, name, pid, before)
-
-        self._wait_or_over(run, is_back, f"{name} works again")
-        return {
-            "victim": name,
-            "is_in_recovery": is_in_recovery,
-            "recovered_s": round(time.monotonic() - started, 2),
-        }
-
-    def _kill_everything(self, run: DrilledRun, is_in_recovery: bool) -> dict[str, Any] | None:
-        """Kill the launcher and all its processes at once, then resume."""
-        run.kill_everything()
-        left = run.wait_gone(2.0)
-        if left:
-            raise DrillError(f"processes survived kill -9: {left}")
-        return self._resume(run, is_in_recovery)
-
-    def _kill_launcher(self, run: DrilledRun, is_in_recovery: bool) -> dict[str, Any] | None:
-        """Kill only the launcher; its processes must end by themselves; then resume."""
-        assert run.launcher is not None
-        run.kill(run.launcher.pid)
-        run.launcher.wait()
-        left = run.wait_gone(ORPHAN_S + 10.0)
-        if left:
-            raise DrillError(f"orphans of a killed launcher: {left}")
-        return self._resume(run, is_in_recovery)
-
-    def _interrupt(self, run: DrilledRun, is_in_recovery: bool) -> dict[str, Any] | None:
-        """Ask the launcher to stop; everything is sealed, checkpointed and gone within the grace; then resume."""
-        assert run.launcher is not None
-        signum = self._rng.choice((signal.SIGTERM, signal.SIGINT))
-        config = json.loads((run.run_dir / "config.json").read_text())
-        started = time.monotonic()
-        run.kill(run.launcher.pid, signum)
-        grace_s = float(config["run"]["grace_s"])
-        code = run.wait_end(grace_s + 5.0)
-        stopped_s = time.monotonic() - started
-        left = run.wait_gone(1.0)
-        if left:
-            raise DrillError(f"orphans of an interrupted launcher: {left}")
-        if code == 0:
-            return None  # it had finished before the signal came
-        if code != 128 + signum:
-            raise DrillError(f"interrupted with {signum.name}, ended with code {code}; {run.tail()}")
-        if "killed after" in run.output.read_text(errors="replace"):
-            raise DrillError(f"processes did not stop within {grace_s:g} s; {run.tail()}")
-        step, saved = run.step(), run.ask("SELECT max(step) FROM checkpoints")
-        if saved != step:
-            raise DrillError(f"interrupted at step {step}, but the newest checkpoint is of step {saved}")
-        detail = self._resume(run, is_in_recovery)
-        return {"signal": signum.name, "stopped_s": round(stopped_s, 2), **detail}
-
-    def _resume(self, run: DrilledRun, is_in_recovery: bool) -> dict[str, Any]:
-        before = run.mark()
-        started = time.monotonic()
-        run.launch()
-        if is_in_recovery:
-            time.sleep(self._rng.uniform(0.0, 4.0))
-        else:
-            self._wait_or_over(
-                run, lambda: run.has_progressed("learner", "learner", 0, before), "a step after the resume"
-            )
-        return {"is_in_recovery": is_in_recovery, "recovered_s": round(time.monotonic() - started, 2)}
-
-    def _pause(self, run: DrilledRun, is_in_recovery: bool) -> dict[str, Any] | None:
-        """Stop an actor until its lifecycles are played elsewhere, let it go on: it must change nothing."""
-        pids = run.pids("actor")
-        name = self._rng.choice(sorted(pids))
-        run.kill(pids[name], signal.SIGSTOP)
-        try:
-            session = run.ask("SELECT max(session) FROM sessions WHERE name = ?", name)
-            taken = (
-                "SELECT 1 FROM lease_epochs AS old JOIN lease_epochs AS new USING (grp, member) "
-                "JOIN segments USING (grp, member) WHERE old.session = ? AND new.session <> ? "
-                "AND new.lease_epoch > old.lease_epoch AND segments.lease_epoch = new.lease_epoch"
-            )
-            state = "SELECT state FROM sessions WHERE session = ?"
-            if not self._wait_or_over(run, lambda: run.ask(state, session) == "lost", f"{name} expires"):
-                return None
-            if not self._wait_or_over(
-                run, lambda: bool(run.ask(taken, session, session)), "another actor takes over"
-            ):
-                return None
-        finally:
-            run.kill(pids[name], signal.SIGCONT)
-        back = (
-            "SELECT 1 FROM segments JOIN sessions USING (session) WHERE name = ? AND pid = ? AND session > ?"
-        )
-        self._wait_or_over(
-            run,
-            lambda: bool(run.ask(back, name, pids[name], session)),
-            f"{name} is leased new lifecycles",
-        )
-        fenced = run.ask("SELECT count(*) FROM refused_segments WHERE reason = 'fenced'")
-        return {"victim": name, "num_fenced": fenced}
-
-    def _wait_or_over(self, run: DrilledRun, is_true: Callable[[], bool], what: str) -> bool:
-        """Wait until something is true; return False when the run ended first."""
-        wait_for(lambda: run.is_over or is_true(), START_S, f"{run.run_dir.name}: {what}; {run.tail()}")
-        return not run.is_over or is_true()
-
-
-def table(roles: list[dict[str, Any]], kills: int, seed: int) -> str:
+def table(roles: list[dict[str, Any]], seed: int) -> str:
     """Return the report as Markdown."""
+    columns = (
+        "role", "faults", "in recovery", "aimed", "runs", "acknowledged", "trained", "steps rolled back",
+        "takeovers", "refused", "broken promises", "seconds",
+    )  # fmt: skip
     lines = [
         "# Fault drill",
         "",
-        f"`python -m tests.faults.drill --role all --kills {kills} --seed {seed}`: real runs, hit at random moments and",
-        "judged afterwards by `tests/faults/checker.py`, which reads the database and the checkpoints by itself.",
+        f"Written by `make faults` (seed {seed}): real runs, hit at random moments and judged when over by",
+        "`tests/faults/checker.py`, which reads the run database and the checkpoints by itself and takes the",
+        "actors' own journals as witness for what was acknowledged.",
         "",
-        "| role | faults | during recovery | runs | segments acknowledged | trained | steps rolled back | takeovers | "
-        "fenced | problems | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
     ]
     for part in roles:
-
-        def total(name: str, part: dict[str, Any] = part) -> int:
-            return sum(run.get("counts", {}).get(name, 0) for run in part["runs"])
-
-        recovering = sum(bool(f.get("is_in_recovery")) for run in part["runs"] for f in run["faults"])
+        sums: dict[str, int] = {}
+        for run in part["runs"]:
+            for name, count in run.get("counts", {}).items():
+                sums[name] = sums.get(name, 0) + count
+        faults = [fault for run in part["runs"] for fault in run["faults"]]
         cells = [
-            part["role"],
             part["num_faults"],
-            recovering,
+            sum(bool(fault.get("is_in_recovery")) for fault in faults),
+            sum(bool(fault.get("aim")) for fault in faults),
             part["num_runs"],
-            total("acked"),
-            total("trained"),
+            *(
+                sums.get(name, 0)
+                for name in ("acked", "trained", "rolled_back_steps", "takeovers", "refused")
+            ),
+            part["num_problems"],
+            round(part["wall_s"]),
         ]
-        cells += [total("rolled_back_steps"), total("takeovers"), total("refused"), part["num_problems"]]
-        lines.append(
-            "| "
-            + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in [*cells])
-            + f" | {part['wall_s']:.0f} |"
-        )
+        lines.append(f"| {part['role']} | {' | '.join(f'{cell:,}' for cell in cells)} |")
+    lines += ["", "What the roles mean:", ""]
+    lines += [f"- `{part['role']}`: {FAULTS[part['role']].meaning}" for part in roles]
     return "\n".join(lines) + "\n"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.drill", description=__doc__.split("\n")[0])
-    parser.add_argument("--role", choices=[*ROLES, "all"], default="all")
+    roles = "; ".join(f"{name}: {kind.meaning}" for name, kind in FAULTS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults.drill", description=f"Fault drill. {roles}."
+    )
+    parser.add_argument("--role", choices=[*FAULTS, "all"], default="all")
     parser.add_argument("--kills", type=int, default=20, help="faults per role")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path, help="JSON report; a Markdown table is written beside it")
     parser.add_argument("--keep", type=Path, help="keep the runs in this folder")
+    parser.add_argument(
+        "--soak", type=float, default=0.0, help="go on with ever new seeds for so many seconds"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the drill; return 0 when no promise was broken and every fault was done."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    # So that nothing outlives a drill that is stopped: the runs' processes die in a ``finally``.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    deadline, is_good = time.monotonic() + options.soak, True
+    with tempfile.TemporaryDirectory(prefix="cod-faults-") as scratch:
+        for seed in itertools.count(options.seed):
+            folder = (options.keep or Path(scratch)) / f"seed-{seed}"
+            parts, is_round_good = one_round(options, seed, folder)
+            is_good = is_good and is_round_good
+            print(table(parts, seed), flush=True)
+            if time.monotonic() >= deadline or not is_good:
+                break
+            shutil.rmtree(folder, ignore_errors=True)
+    return 0 if is_good else 1
+
+
+def one_round(options: argparse.Namespace, seed: int, folder: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Go through the roles once and write the report; return its parts and whether all was well."""
     parts: list[dict[str, Any]] = []
     is_good = True
-    with tempfile.TemporaryDirectory(prefix="cod-faults-") as scratch:
-        folder = options.keep or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        for role in ROLES if options.role == "all" else (options.role,):
-            is_added = options.role == "all" and role not in KILLED
-            wanted = max(1, options.kills // SHORT_FRACTION) if is_added else options.kills
-            # Seeded by role, so that one role alone does what it does among all.
-            drill = Drill(
-                folder, role, random.Random(f"{options.seed}-{role}"), lambda line: print(line, flush=True)
-            )
-            part = drill.go(wanted)
-            parts.append(part)
-            is_good = is_good and part["num_faults"] >= wanted and part["num_problems"] == 0
-    text = table(parts, options.kills, options.seed)
-    print(text)
-    if options.report:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        report = {"seed": options.seed, "kills": options.kills, "roles": parts}
-        options.report.write_text(json.dumps(report, indent=1) + "\n")
-        options.report.with_suffix(".md").write_text(text)
-    return 0 if is_good else 1
+    folder.mkdir(parents=True, exist_ok=True)
+    for role in FAULTS if options.role == "all" else (options.role,):
+        is_added = options.role == "all" and role not in MAIN
+        wanted = max(2, options.kills // ADDED_FRACTION) if is_added else options.kills
+        # Seeded by role, so that one role alone does what it does among all.
+        drill = Drill(folder, role, random.Random(f"{seed}-{role}"), lambda line: print(line, flush=True))
+        part = drill.go(wanted)
+        parts.append(part)
+        is_good = is_good and part["num_faults"] >= wanted and part["num_problems"] == 0
+        if options.report:  # after every role: an interrupted drill leaves what it found
+            options.report.parent.mkdir(parents=True, exist_ok=True)
+            report = {"seed": seed, "kills": options.kills, "roles": parts}
+            options.report.write_text(json.dumps(report, indent=1) + "\n")
+            options.report.with_suffix(".md").write_text(table(parts, seed))
+    return parts, is_good
 
 
 if __name__ == "__main__":

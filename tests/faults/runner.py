@@ -79,7 +79,7 @@ class DrilledRun:
             self._first += ["--set", f"{path}={json.dumps(value)}"]
         self.launcher: subprocess.Popen[bytes] | None = None
 
-    # ------------------------------------------------------------------------------------------------ launching
+    # --------------------------------------------------------------------------------------------- launching
 
     def launch(self) -> None:
         """Start the run, or resume it if its folder is there."""
@@ -123,10 +123,10 @@ class DrilledRun:
                 self.launcher.kill()
             self.launcher.wait()
 
-    # -------------------------------------------------------------------------------------------------- looking
+    # ----------------------------------------------------------------------------------------------- looking
 
     def processes(self) -> list[psutil.Process]:
-        """Return every living process that names this run folder, other than the launcher that was resumed."""
+        """Return every living process that names this run folder, other than the launcher."""
         found = []
         launcher = self.launcher.pid if self.launcher is not None else None
         for process in psutil.process_iter(["pid", "cmdline", "status"]):
@@ -198,9 +198,10 @@ class DrilledRun:
 
     def mark(self) -> Mark:
         """Return how far the run is."""
-        return Mark(self.num_segments(), self.step(), int(self.ask("SELECT max(lineage) FROM lineages") or 0))
+        lineage = self.ask("SELECT max(lineage) FROM lineages")
+        return Mark(self.num_segments(), self.step(), int(lineage or 0))
 
-    # -------------------------------------------------------------------------------------------------- hitting
+    # ----------------------------------------------------------------------------------------------- hitting
 
     def kill(self, pid: int, signum: int = signal.SIGKILL) -> None:
         """Send a signal to one process."""
@@ -253,8 +254,8 @@ class Mark:
         self.lineage = lineage
 
 
-def wait_for(is_true: Callable[[], bool], timeout_s: float, what: str) -> None:
-    """Poll until ``is_true``.
+def wait_for(is_true: Callable[[], bool], timeout_s: float, what: str, more: Callable[[], str] = str) -> None:
+    """Poll until ``is_true``; ``more`` adds to what the error says.
 
     Raises:
         DrillError: it did not become true in time.
@@ -262,5 +263,5 @@ def wait_for(is_true: Callable[[], bool], timeout_s: float, what: str) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_true():
         if time.monotonic() > deadline:
-            raise DrillError(f"after {timeout_s:g} s still not: {what}")
+            raise DrillError(f"after {timeout_s:g} s still not: {what}; {more()}")
         time.sleep(POLL_S)

@@ -1,7 +1,7 @@
-"""Is a killed and resumed run the same run? Play it both ways with the real ``cod train`` and compare digests.
+"""Is a killed and resumed run the same run? Play it both ways with the real ``cod train``, compare digests.
 
-Run A takes 2N steps in one go. Run B takes N steps and a few more, is killed with SIGKILL, all of its processes
-at the same moment, and goes on with ``--resume`` to 2N. With ``staleness.max_lag = 0``, one actor, one thread
+Run A takes 2N steps in one go. Run B takes N steps and a few more, is killed with SIGKILL, all processes at
+the same moment, and goes on with ``--resume`` to 2N. With ``staleness.max_lag = 0``, one actor, one thread
 and a batch invariant engine both must hold the same parameters and optimizer state after N and 2N steps, and
 must have trained on the same batches in between: the same keys with the same advantages, the same token ids
 with the same behaviour log-probs.
@@ -161,7 +161,7 @@ class Kill:
 
 
 def digest_tensors(path: Path) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes of the tensors in a safetensors file, by name."""
+    """Return the SHA-256 over names, dtypes, shapes and bytes of the tensors in a safetensors file."""
     hasher = hashlib.sha256()
     for name, array in sorted(load_file(path).items()):
         hasher.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
@@ -250,10 +250,9 @@ class Scene:
         self.random = random.Random(seed)
         self.model: Path | None = None
 
-    def straight(self, name: str, seed: int | None = None) -> RunDigests:
+    def straight(self, name: str) -> RunDigests:
         """Take 2N steps in one go; the first run also makes the starting model for all others."""
-        seed = self.seed if seed is None else seed
-        self._cod("train", str(self._config(name)), "--name", name, "--set", f"run.seed={seed}")
+        self._cod("train", str(self._config(name)), "--name", name, "--set", f"run.seed={self.seed}")
         if self.model is None:
             self.model = self.root / name / "model"
         return collect(self.root / name, 2 * self.half)
@@ -319,9 +318,8 @@ class Scene:
             timeout=TIMEOUT_S,
         )
         if done.returncode:
-            raise RuntimeError(
-                f"cod {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-            )
+            tail = f"{done.stdout[-4000:]}{done.stderr[-4000:]}"
+            raise RuntimeError(f"cod {' '.join(arguments)} ended with {done.returncode}:\n{tail}")
 
 
 def _command(*arguments: str) -> list[str]:
@@ -404,7 +402,9 @@ def table(half: int, straight: RunDigests, others: dict[str, RunDigests]) -> str
 
 def main() -> int:
     """Run the comparison and write the report; return 0 if all digests are equal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--half", type=int, default=20, help="N: 2N steps against N, kill, N (default 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=2, help="runs killed for each kind of moment")
@@ -432,7 +432,7 @@ def compare(scene: Scene, num_kills: int) -> dict[str, Any]:
     for moment in ("random", "mid_generation"):
         for number in range(num_kills):
             name = f"{moment}-{number}"
-            others[name], kills[name] = scene.interrupted(name, moment)  # type: ignore[arg-type]
+            others[name], kills[name] = scene.interrupted(name, moment)
             print(name, asdict(kills[name]), differences(straight, others[name]) or "equal", flush=True)
     print(table(scene.half, straight, others))
     found = {name: differences(straight, one) for name, one in others.items()}

@@ -85,8 +85,17 @@ class Run:
 
 
 def _train(tmp_path: Path, *overrides: str) -> Run:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    settings = [f'run.output_dir="{tmp_path}"', "evaluation.is_enabled=false", "observe.has_plots=false", *overrides]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    settings = [
+        f'run.output_dir="{tmp_path}"',
+        "evaluation.is_enabled=false",
+        "observe.has_plots=false",
+        *overrides,
+    ]
     flags = [part for setting in settings for part in ("--set", setting)]
     done = subprocess.run(
         [sys.executable, "-m", "cod_async", "train", str(CONFIG), *flags],
@@ -215,7 +224,7 @@ def _check_mapping(run: Run, segment: Segment, environment: Environment, seen: s
 def _check_pending(
     segment: Segment, environment: Environment, messages: list[tuple[str, str]], rules: str
 ) -> None:
-    """The update will see the rules, each observation with the response to it, the reward and the feedback."""
+    """The update will see rules, each observation with the response to it, reward and feedback."""
     pending = segment.state_after.pending
     assert (pending is None) == segment.is_last
     if pending is None:
@@ -278,7 +287,7 @@ def _check_lifecycles(run: Run) -> collections.Counter[str]:
 
 
 def _check_logprobs(run: Run, at_most: int = 24) -> int:
-    """Behaviour log-probs are those of a plain forward under the version that the tokens claim; count them."""
+    """Behaviour log-probs are those of a plain forward under the version they claim; count them."""
     model = load_model(run.run_dir / "model")
     by_version: dict[Version, list[Row]] = collections.defaultdict(list)
     for segments in run.lifecycles.values():
@@ -290,7 +299,9 @@ def _check_logprobs(run: Run, at_most: int = 24) -> int:
         for row in rows[:: max(1, len(rows) * len(by_version) // at_most)]:
             ids = torch.tensor([row.token_ids.numpy().tolist()])
             with torch.no_grad():
-                logprobs = torch.log_softmax(model.logits(ids)[0].double() / run.config.engine.temperature, dim=-1)
+                logprobs = torch.log_softmax(
+                    model.logits(ids)[0].double() / run.config.engine.temperature, dim=-1
+                )
             places = [place for start, stop in row.action_spans for place in range(start, stop)]
             current = logprobs[[place - 1 for place in places], ids[0, places]]
             behavior = torch.tensor(row.behavior_logprobs.numpy().tolist(), dtype=torch.float64)

@@ -365,6 +365,45 @@ def test_a_coordinator_of_another_run_is_not_believed(zmq_coordinator: Coordinat
     other.stop()
 
 
+def test_looking_for_a_coordinator_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"  # nobody listens there in a moment
+    turns = 0
+
+    class Counted(ClientLink):
+        def _turn(self, now: float) -> bool:
+            nonlocal turns
+            turns += 1
+            return super()._turn(now)
+
+    link = Counted(lambda: address, "actor", "actor-0", RUN, IMPATIENT)
+    link.start()
+    future = link.request_future(m.LeaseRequest(request=1, num_lifecycles=1))
+    time.sleep(2.0)  # longer than resending, the session's timeout and the first patience
+    link.close()
+    assert isinstance(future.exception(), WireError)
+    assert turns < 200
+
+
+def test_actors_can_note_what_was_acknowledged(zmq_coordinator: Coordinator, tmp_path: Path) -> None:
+    config = replace(CONFIG, ack_journal_dir=str(tmp_path / "acks"))
+    for name in ("actor-0", "actor-1"):
+        link = ClientLink(lambda: zmq_coordinator.address, "actor", name, RUN, config)
+        link.start()
+        ids = [link.send_segment(make_segment(member=member)) for member in range(3)]
+        settled = [link.wait_acked(outbox_id, 20.0) for outbox_id in ids]
+        link.close()
+        (path,) = (tmp_path / "acks").glob(f"{name}-*.jsonl")
+        lines = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
+        assert [line["member"] for line in lines] == [0, 1, 2]
+        assert [line["reason"] or ACKED for line in lines] == settled
+    assert settled == ["duplicate"] * 3  # the second actor's were there already
+    learner = ClientLink(lambda: zmq_coordinator.address, "learner", "learner", RUN, config)
+    learner.start()
+    learner.close()
+    assert len(list((tmp_path / "acks").iterdir())) == 2
+
+
 def test_fences_drop_what_was_not_sent(zmq_coordinator: Coordinator) -> None:
     zmq_coordinator.is_committing = False
     link = client_of(zmq_coordinator)
@@ -581,3 +620,22 @@ def test_an_asyncio_sender_that_waits_for_room_hears_of_the_end(zmq_coordinator:
             await waiting
 
     asyncio.run(play())
+
+
+def test_goodbye_waits_for_a_lost_connection_while_there_is_time() -> None:
+    coordinator = Coordinator().start()
+    link = client_of(coordinator)
+    link.start()
+    link.wait_acked(link.send_segment(make_segment()), 20)
+    coordinator.stop()
+    wait_for(lambda: not link.is_connected)
+    closing = threading.Thread(
+        target=link.close, args=(m.Bye(counters={"x": 1.0}),), kwargs={"drain_s": 60.0}
+    )
+    closing.start()
+    coordinator.start()
+    try:
+        closing.join(60)
+        wait_for(lambda: coordinator.of(m.Bye) == [m.Bye(counters={"x": 1.0})])
+    finally:
+        coordinator.stop()

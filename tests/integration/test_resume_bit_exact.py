@@ -1,4 +1,7 @@
-"""A run that was killed and resumed is the same run, to the bit (max_lag = 0, one actor, one thread)."""
+"""A run that was killed and resumed is the same run, to the bit (max_lag = 0, one actor, one thread).
+
+The long form, 20 and 20 steps with several kills, is ``python -m tests.integration.resume_report``.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,10 @@ import math
 from pathlib import Path
 
 import pytest
-from resume_report import RunDigests, Scene, compare, differences, digest_samples
+from resume_report import RunDigests, Scene, differences, digest_samples
 
 from cod_async.lifecycle.arrays import Array
 from cod_async.lifecycle.segment import LifecycleState, Row, Segment, SegmentKey, Version, VersionSpan
-
-pytestmark = pytest.mark.fault
 
 
 def _check_run(digests: RunDigests, half: int) -> None:
@@ -23,6 +24,7 @@ def _check_run(digests: RunDigests, half: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.timeout(300)
 def test_six_steps_kill_six_steps_are_twelve_steps(tmp_path: Path) -> None:
     half = 6
@@ -34,15 +36,6 @@ def test_six_steps_kill_six_steps_are_twelve_steps(tmp_path: Path) -> None:
     assert kill.num_continued > 0, "no lifecycle was continued by the resumed run"
     assert kill.max_lag == 0 and kill.is_balanced
     assert differences(straight, resumed) == []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.skipif("not config.getoption('-m')", reason="the long form: python -m tests.integration.resume_report")
-def test_twenty_steps_kill_twenty_steps_are_forty_steps(tmp_path: Path) -> None:
-    report = compare(Scene(tmp_path, 20, seed=1), num_kills=1)
-    assert report["is_bit_exact"], report["differences"]
-    assert all(kill["max_lag"] == 0 and kill["is_balanced"] for kill in report["kills"].values())
 
 
 def _segment(logprob: float, token: int = 7) -> Segment:
@@ -68,7 +61,10 @@ def test_digests_notice_a_single_bit() -> None:
 
 def test_differences_are_named() -> None:
     ours = RunDigests({2: "a", 4: "b"}, {2: "c", 4: "d"}, ["0", "1"], ["e"], ["f"])
-    assert differences(ours, RunDigests(dict(ours.parameters), dict(ours.optimizer), ["0", "1"], ["e"], ["f"])) == []
+    assert (
+        differences(ours, RunDigests(dict(ours.parameters), dict(ours.optimizer), ["0", "1"], ["e"], ["f"]))
+        == []
+    )
     theirs = RunDigests({2: "a"}, {2: "c", 4: "x"}, ["0", "2"], ["e"], [])
     assert differences(ours, theirs) == [
         "parameters: 2 and 1 digests",

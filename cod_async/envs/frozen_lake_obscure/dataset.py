@@ -8,7 +8,6 @@ train p, test p).
 from __future__ import annotations
 
 import functools
-import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from cod_async.envs.frozen_lake_obscure.mapgen import MAPPINGS, mapping_for_seed
 from cod_async.envs.frozen_lake_obscure.options import FrozenLakeOptions, parse_options
 from cod_async.errors import EnvironmentInputError
+from cod_async.lifecycle.seeds import hash64
 
 NUM_TRAIN_ROWS = 50_000
 NUM_HELD_OUT_ROWS = 4_000
@@ -66,7 +66,7 @@ def columns(options: FrozenLakeOptions, split: str, seed: int) -> Columns:
     if seed < 0:
         raise EnvironmentInputError(f"the data seed is {seed}; it must not be negative")
     if seed >= 1 << 32:
-        seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+        seed = hash64(str(seed)) >> 32
     return _columns(seed, options.size_min, options.size_max, float(options.p_min), float(options.p_max))[
         split
     ]
@@ -114,7 +114,7 @@ def pack_seed_for(options: Mapping[str, Any], split: str, seed: int) -> int:
     attempt = 0
     while True:  # each attempt succeeds with probability >= 1/24
         text = f"frozen_lake_obscure/{split}/{seed}/{attempt}"
-        pack_seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+        pack_seed = hash64(text)
         if not held_out or (mapping_for_seed(pack_seed) in held_out) == (split == "held_out"):
             return pack_seed
         attempt += 1

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from cod_async.errors import EnvironmentInputError
+from cod_async.lifecycle.seeds import hash64
 
 DIRECTIONS = ("Up", "Down", "Left", "Right", "In", "Out", "Front", "Back", "Home")
 """Directions in the order in which worlds with more buttons take them up; also the most buttons."""
@@ -57,10 +58,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Raises:
             EnvironmentInputError: all options that are wrong, each with its value and range.
         """
-        try:
-            made = msgspec.convert(dict(options), cls)
-        except msgspec.ValidationError as error:
-            raise EnvironmentInputError(f"environment hidden_buttons: {error}") from error
+        problems = []
+        for name, value in options.items():  # one at a time, because msgspec stops at the first problem
+            try:
+                msgspec.convert({name: value}, cls)
+            except msgspec.ValidationError as error:
+                problems.append(f"environment hidden_buttons: {name}: {error}")
+        if problems:
+            raise EnvironmentInputError(problems)
+        made = msgspec.convert(dict(options), cls)
         rules = (
             ("num_buttons", 2 <= made.num_buttons <= len(DIRECTIONS), f"2 to {len(DIRECTIONS)}"),
             ("num_tries", 1 <= made.num_tries <= 9, "1 to 9"),
@@ -92,11 +98,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return (DOOR_GOAL,) if self.world == "door" else DIRECTIONS[: self.num_buttons]
 
 
-def _hash(text: str) -> int:
-    """Return a stable 64-bit hash of a text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
 def _unrank(rank: int, num_items: int) -> list[int]:
     """Return the permutation of 0 .. n-1 with this lexicographic rank."""
     items, chosen = list(range(num_items)), []
@@ -120,7 +121,7 @@ def held_out_worlds(options: Options) -> frozenset[int]:
 
 def world_of(options: Options, pack_seed: int) -> int:
     """Return the rank of the world that a pack seed stands for."""
-    return _hash(f"world:{pack_seed}") % options.num_worlds
+    return hash64(f"world:{pack_seed}") % options.num_worlds
 
 
 def mapping_of(options: Options, world: int) -> tuple[str, ...]:
@@ -141,7 +142,7 @@ def goal_of(options: Options, record: Mapping[str, Any]) -> str:
         raise EnvironmentInputError(
             f'hidden_buttons: the record is {dict(record)}; it must be {{"seed": integer}}'
         )
-    return options.directions[_hash(f"goal:{seed}") % len(options.directions)]
+    return options.directions[hash64(f"goal:{seed}") % len(options.directions)]
 
 
 def _check_split(split: str) -> None:
@@ -161,7 +162,7 @@ def pack_seed_for(options: Mapping[str, Any], split: str, seed: int) -> int:
     candidate, attempt = seed, 0
     while held_out and (world_of(made, candidate) in held_out) != (split == "held_out"):
         attempt += 1
-        candidate = _hash(f"pack:{seed}:{attempt}")
+        candidate = hash64(f"pack:{seed}:{attempt}")
     return candidate
 
 
@@ -175,5 +176,5 @@ def records(options: Mapping[str, Any], split: str, seed: int) -> Iterator[dict[
     Options.of(options)
     index = 0
     while True:
-        yield {"seed": _hash(f"record:{split}:{seed}:{index}") >> 11}  # exact in any JSON reader
+        yield {"seed": hash64(f"record:{split}:{seed}:{index}") >> 11}  # exact in any JSON reader
         index += 1

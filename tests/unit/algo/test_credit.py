@@ -364,3 +364,15 @@ def test_packs_of_different_sizes_are_refused_inside_one_pack() -> None:
 def test_algo_loads_no_torch() -> None:
     code = "import sys, cod_async.algo.credit; sys.exit('torch' in sys.modules or 'zmq' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_numbers_beyond_a_double_are_a_problem_not_a_crash() -> None:
+    lifecycle = {
+        "pack": 0, "lifecycle": 0, "task_rewards": [10**400], "update_rewards": [],
+        "solve_tokens": [10**400], "update_tokens": [],
+    }  # fmt: skip
+    with pytest.raises(InputError) as caught:
+        credit_file({"gamma": 10**400, "lifecycles": [lifecycle]})
+    starts = [problem.partition(":")[0] for problem in caught.value.problems]
+    assert starts == ["gamma", "lifecycles[0].task_rewards[0]", "lifecycles[0].solve_tokens[0]"]
+    assert max(map(len, caught.value.problems)) < 200

@@ -170,6 +170,78 @@ def test_wrong_input_is_named(capsys: pytest.CaptureFixture[str], arguments: lis
     assert message in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (
+            ["env", "show", "frozen_lake_obscure", "--pack-seed", "-1", "--position", "9", "--record", "{}"],
+            ["pack seed is -1", "position is 9", "record: seed", "record: size", "record: p"],
+        ),
+        (
+            ["env", "show", "hidden_buttons", "--preset", "gate", "--pack-size", "0", "--position", "-1"],
+            ["pack size is 0", "position is -1", "no preset 'gate'"],
+        ),
+        (
+            "env play hidden_buttons --policy x --packs 0 --seed -1 --preset y".split(),
+            ["no policy 'x'", "number of packs is 0", "seed is -1", "no preset 'y'"],
+        ),
+        (
+            ["eval", "/nowhere", "--split", "x", "--packs", "0", "--environment", "y"],
+            ["/nowhere: no such folder", "--split x", "--packs 0", "no environment 'y'"],
+        ),
+        (
+            'eval /nowhere --environment hidden_buttons --preset a"b --config /no.toml'.split(),
+            ["/nowhere: no such folder", "/no.toml: cannot be read"],
+        ),
+        (
+            ["bootstrap", DOOR, "--out", str(ROOT), "--set", "lerner.lr=1", "--set", "engine.kind=sglang"],
+            ["lerner: unknown key", "engine.kind", "--out"],
+        ),
+        (["bootstrap", DOOR, "--out", "/proc/no/model", "--progress", "/no/file"], ["--out", "--progress"]),
+        (["export", "/nowhere", str(ROOT)], ["/nowhere: no config.json", "exists already"]),
+        (["export", "/nowhere", "/proc/no/model"], ["/nowhere: no config.json", "not writable"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_every_problem_of_the_flags_is_listed(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], wanted: list[str]
+) -> None:
+    code, out, err = run(capsys, *arguments)
+    lines = err.splitlines()
+    assert code == 2 and out == "" and len(lines) == len(wanted), err
+    assert all(words in line for words, line in zip(wanted, lines, strict=True)), err
+
+
+def test_export_never_replaces_a_folder_with_something_in_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = run(capsys, "export", str(tmp_path), str(tmp_path))
+    assert code == 2 and "exists already" in err
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_a_folder_without_a_readable_database_is_wrong_input(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for words in ("no run database", "cannot be read as a run database"):
+        for command in ("ledger", "inspect"):
+            code, _, err = run(capsys, command, str(tmp_path))
+            assert code == 2 and words in err
+        (tmp_path / "run.sqlite").write_text("no database at all")
+
+
+def test_a_model_without_a_tokenizer_is_not_taken_for_a_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    code, _, err = run(capsys, "eval", str(tmp_path), "--environment", "hidden_buttons")
+    assert code == 2 and err.splitlines() == [
+        f"{tmp_path}: a model directory without tokenizer.json; add the model's tokenizer"
+    ]
+
+
 def test_credit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     lifecycle = {
         "pack": "p",

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cod_async.config import Config, config_digest, load_config, load_resolved, save_resolved
-from cod_async.config.load import apply_overrides, read_config, to_tree, write_atomic
+from cod_async.config.load import apply_overrides, read_config, to_tree
 from cod_async.config.validate import find_problems
+from cod_async.durable import write_atomic
 from cod_async.errors import ConfigError
 
 MINIMAL = '[[environments]]\nname = "hidden_buttons"\npreset = "door"\n'
@@ -211,3 +212,34 @@ def test_what_the_decoder_refuses_the_walk_refuses(section: dict[str, Any]) -> N
         msgspec.convert(tree, Config, strict=True)
     except msgspec.ValidationError:
         assert find_problems(tree)
+
+
+def test_problems_in_several_environments_are_all_listed(tmp_path: Path) -> None:
+    path = tmp_path / "two.toml"
+    path.write_text(
+        '[[environments]]\nname = "hidden_buttons"\n[[environments]]\nname = "hidden_buttons"\n'
+        '[[environments]]\nname = "hidden_buttons"\npreset = "door"\nwait = 3\n[run]\nnum_steps = 9\n'
+    )
+    config, problems = read_config([path])
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "environments.0.preset", "environments.1.preset", "environments.2.wait",
+    ]  # fmt: skip
+    assert config is not None and config.environments == () and config.run.num_steps == 9
+
+
+def test_digits_of_other_scripts_are_no_index(minimal: Path) -> None:
+    (problem,) = problems_of([minimal], ["environments.².preset=door"])
+    assert "no item ²" in problem
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "0x" + "f" * 4000])
+@pytest.mark.parametrize("name", ["lr", "warmup_steps", "nonsense"])
+def test_numbers_beyond_every_type_are_a_problem_not_a_crash(minimal: Path, name: str, number: str) -> None:
+    (problem,) = problems_of([minimal], [f"learner.{name}={number}"])
+    assert problem.startswith(f"learner.{name}: ") and len(problem) < 300
+
+
+def test_an_integer_of_thousands_of_digits_is_no_valid_file(tmp_path: Path) -> None:
+    path = tmp_path / "long.toml"
+    path.write_text(f"[learner]\nlr = {'1' * 5000}\n")
+    assert problems_of([path])[0].startswith(f"{path}: not valid TOML")

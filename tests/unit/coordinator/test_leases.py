@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 from coordinator_world import Actor, Learner, World
 
+from cod_async.coordinator.leasing import MAX_HELD_PER_HEARTBEAT
 from cod_async.lifecycle.segment import Version
 from cod_async.wire.messages import Fence, Heartbeat, LeaseRef, LeaseRequest, LeaseReturn, Leases, Refused
+from cod_async.wire.session import Closed, Received
 
 MakeWorld = Callable[..., World]
 
@@ -213,3 +215,70 @@ def test_roles_are_kept_apart(make_world: MakeWorld) -> None:
     world.say(learner.session, LeaseRequest(request=1, num_lifecycles=1))
     refused = [m for m in learner.messages if isinstance(m, Refused)]
     assert [(m.code, m.is_fatal) for m in refused] == [("wrong_role", True)]
+
+
+def test_fences_of_one_reason_travel_together_and_a_flood_of_leases_is_cut(make_world: MakeWorld) -> None:
+    world = make_world()
+    Learner(world)
+    actor = Actor(world)
+    unknown = [LeaseRef(7, member, 3) for member in range(2 * MAX_HELD_PER_HEARTBEAT)]
+    world.say(actor.session, Heartbeat(held=[*unknown[:1], *unknown]))
+    assert fences(actor) == [("not_yours", unknown[: MAX_HELD_PER_HEARTBEAT - 1])]
+
+
+def test_a_started_group_keeps_its_oldest_floor_across_lineages(make_world: MakeWorld) -> None:
+    world = make_world(learner={"groups_per_step": 1}, staleness={"max_lag": 3})
+    learner, actor = Learner(world), Actor(world)
+    for _ in range(2):
+        actor.ask(64)
+        for early in [ref for ref in actor.lives if ref.group < 2]:
+            while early in actor.lives:
+                actor.play(early)
+        learner.request_step()
+        learner.take_step()
+    ref = LeaseRef(2, 0, 0)
+    world.store.work.set_floor(2, Version(0, 2))  # its tokens are of this version
+    learner.die()
+    again = Learner(world)  # from the start, with other weights: what was sampled so far counts as step 0
+    again.request_step()
+    again.take_step("noise")
+    actor.give_back(ref)
+    actor.ask(1)
+    assert LeaseRef(ref.group, ref.member, 1) in actor.lives
+    group = world.store.work.group(ref.group)
+    assert group is not None and group.floor == Version(0, 2)  # 1.1 is a lower step, and younger
+
+
+def test_a_lease_of_a_group_that_closes_while_granting_is_not_granted(make_world: MakeWorld) -> None:
+    world = make_world(
+        lifecycle={"pack_size": 2, "group_size": 4},
+        learner={"groups_per_step": 1},
+        groups={"close": "quorum", "quorum_members": 2, "after_s": 10.0},
+    )
+    Learner(world)
+    actor, other = Actor(world), Actor(world, "other", instance=2)
+    actor.ask(4)
+    for member in (0, 1):
+        while LeaseRef(0, member, 0) in actor.lives:
+            actor.play(LeaseRef(0, member, 0))
+    actor.play(LeaseRef(0, 2, 0))
+    world.brain._leasing._can_resume = lambda group: False  # type: ignore[method-assign]
+    world.time += 20.0
+    request = Received(world.session(other.session), LeaseRequest(request=1, num_lifecycles=2), 10)
+    world.apply(Closed(world.session(actor.session), "expired"), request)
+    assert state_of(world, 0, 2)[3] == "not_resumable"  # which made the quorum, whose rest is cut off
+    assert state_of(world, 0, 3) == ("given_up", 2, 0, "late_group")
+
+
+def test_deadlines_of_lifecycles_that_were_cut_off_are_forgotten(make_world: MakeWorld) -> None:
+    world = make_world(
+        lifecycle={"pack_size": 1, "group_size": 2},
+        groups={"close": "quorum", "quorum_members": 1, "deadline_s": 10.0},
+    )
+    Learner(world)
+    actor = Actor(world)
+    actor.ask(2)
+    actor.play(LeaseRef(0, 0, 0))
+    assert state_of(world, 0, 1)[3] == "late_group"
+    world.tick(11.0)
+    assert world.brain._leasing._granted_at == {}

@@ -153,6 +153,17 @@ def test_versions_are_announced_once_and_never_change(make_world: MakeWorld) -> 
     ]
 
 
+def test_an_actor_that_is_behind_is_told_of_the_version_again(make_world: MakeWorld) -> None:
+    world = make_world()
+    learner, actor = Learner(world), Actor(world)
+    train(world, learner, actor, 1)
+    for engine, is_told in ((Version(0, 1), False), (None, False), (Version(0, 0), True)):
+        actor.messages.clear()
+        world.say(actor.session, Heartbeat(engine_version=engine))
+        new = [m.manifest.version for m in actor.messages if isinstance(m, NewVersion)]
+        assert new == ([Version(0, 1)] if is_told else [])
+
+
 def test_resume_makes_the_rest_trainable_again(make_world: MakeWorld) -> None:
     world = make_world()
     learner, actor = Learner(world), Actor(world)
@@ -511,3 +522,41 @@ def test_a_crash_at_every_database_instruction_of_a_step(make_world: MakeWorld) 
     answer = ledger(world.folder)
     assert answer["balanced"]
     assert answer["segments"]["trained"] == 12 and answer["segments"]["generated"] == 12
+
+
+def test_a_lost_stop_is_said_again(make_world: MakeWorld) -> None:
+    world = make_world(run={"name": RUN, "num_steps": 1})
+    learner, actor = Learner(world), Actor(world)
+    train(world, learner, actor, 1)
+    client = world.clients.pop(actor.session)
+    learner.finish()  # the actor does not hear of it
+    world.clients[actor.session] = client
+    assert not actor.is_stopped
+    actor.heartbeat()
+    assert actor.is_stopped
+
+
+def test_a_branch_off_nowhere_is_refused(make_world: MakeWorld) -> None:
+    world = make_world()
+    checkpoint = LearnerCheckpoint(Version(5, 0), "", ("start",), ())
+    learner = Learner(world, checkpoint)
+    assert refusals(learner) == [("trained_digest", True)]
+    assert Learner(world).opened is not None
+
+
+def test_who_said_no_goodbye_is_lost_when_the_run_is_over(make_world: MakeWorld) -> None:
+    world = make_world(run={"name": RUN, "num_steps": 1})
+    learner, actor = Learner(world), Actor(world)
+    actor.ask(64)
+    *others, left = list(actor.lives)
+    for ref in others:
+        while ref in actor.lives:
+            actor.play(ref)
+    actor.seal(left)
+    actor.heartbeat()
+    learner.finish()
+    world.brain.close_run()
+    assert [row.state for row in world.store.sessions.live()] == []
+    answer = ledger(world.folder)
+    assert (answer["segments"]["lost"], answer["segments"]["in_flight"]) == ({"actor_lost": 1}, 0)
+    assert answer["balanced"]

@@ -110,6 +110,12 @@ def test_wrong_options_are_named(changes: dict[str, Any], message: str) -> None:
         HiddenButtons(CROSS | changes)
 
 
+def test_all_wrong_options_are_listed() -> None:
+    with pytest.raises(EnvironmentInputError) as caught:
+        HiddenButtons(CROSS | {"num_buttons": "5", "num_tries": 1.5, "colour": 1})
+    assert [p.split(": ")[1] for p in caught.value.problems] == ["num_buttons", "num_tries", "colour"]
+
+
 @pytest.mark.parametrize("record", [{}, {"seed": "1"}, {"seed": True}, {"seed": 1, "goal": "Up"}])
 def test_wrong_records_are_named(record: dict[str, Any]) -> None:
     with pytest.raises(EnvironmentInputError, match="record"):

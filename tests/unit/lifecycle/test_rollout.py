@@ -16,7 +16,8 @@ from cod_async.envs.hidden_buttons import SPEC, HiddenButtons
 from cod_async.errors import InfrastructureError, InputError
 from cod_async.lifecycle.hint import TersePrompts
 from cod_async.lifecycle.rendering import Renderer
-from cod_async.lifecycle.rollout import LifecycleSpec, derived_seed, initial_state, penalized_reward, play
+from cod_async.lifecycle.rollout import LifecycleSpec, initial_state, penalized_reward, play
+from cod_async.lifecycle.seeds import derived_seed
 from cod_async.lifecycle.segment import LifecycleState, PendingUpdate, Segment
 
 PROMPTS = TersePrompts()

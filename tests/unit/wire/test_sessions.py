@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from wire_samples import make_segment
 
-from cod_async.wire.client_session import ClientSession
+from cod_async.wire.client_session import FENCED_BEFORE_SEND, ClientSession
 from cod_async.wire.codec import Envelope, encode_body, encode_segment
-from cod_async.wire.messages import Ack, Bye, Hello, LeaseRequest, Refused, SegmentData, Welcome
+from cod_async.wire.messages import (
+    Ack,
+    Bye,
+    Fence,
+    Hello,
+    LeaseRef,
+    LeaseRequest,
+    Refused,
+    SegmentData,
+    Welcome,
+)
 from cod_async.wire.seqs import SeqSet
 from cod_async.wire.session import Closed, KnownSession, Opened, Outcome, Received, ServerSessions
 
@@ -195,6 +205,8 @@ def test_hellos_that_make_no_sense() -> None:
         {"unacked": [6], "last_seq": 5},
         {"unacked": [1], "last_seq": 1 << 60},
         {"unacked": list(range(1, 70_000)), "last_seq": 70_000},
+        {"last_seq": 1 << 62},
+        {"settled_bytes": 1 << 62},
     ):
         server.sessions._refused_at.clear()
         assert code(server.hello(session=7, **changes)) == "bad_hello"
@@ -304,3 +316,30 @@ def test_silence() -> None:
     client.disconnected()
     assert not client.is_peer_dead(9999.0)
     assert client.next_outgoing(9999.0) is None
+
+
+def test_a_fence_drops_nothing_that_was_ever_sent() -> None:
+    """What was sent in an expired session may be committed: only its ack may settle it, or it counts
+    twice.
+    """
+    client = open_client()
+    lease = LeaseRef(0, 0, 0)
+    sent, unsent = (encode_segment(make_segment(member=member)) for member in (0, 1))
+    client.offer(sent, lease)
+    assert num_sent(client, 0.0) == 1
+    client.receive(1, Refused(code="session_expired", detail=""), 0.1)
+    client.receive(2, welcome(2, credit_segments=0), 0.2)  # the database is full: no credit
+    client.offer(unsent, lease)
+    fenced = client.receive(2, Fence(leases=[lease], reason="not_yours"), 0.3)
+    assert (fenced.settled, client.num_unsent) == ([(2, FENCED_BEFORE_SEND)], 1)
+    client.receive(2, Ack(seqs=[], credit_segments=1, credit_bytes=1 << 20), 0.4)
+    assert num_sent(client, 0.4) == 2  # the heartbeat and the segment
+    answer = client.receive(2, Ack(seqs=[1], credit_segments=1, credit_bytes=1 << 20), 0.5)
+    assert answer.settled == [(1, None)]
+
+
+def test_a_peer_that_is_dead_already_is_not_waited_for_again() -> None:
+    client = open_client()
+    assert num_sent(client, 6000.0) == 1  # the heartbeat
+    assert client.is_peer_dead(6000.0)
+    assert client.deadline(6000.0) > 6000.0  # else its owner would spin until it gives the connection up

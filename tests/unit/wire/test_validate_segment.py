@@ -77,6 +77,7 @@ def test_a_lifecycle_without_updates_passes() -> None:
         ("bad_is_last", {"is_last": True}),
         ("bad_reward", {"reward": math.nan}),
         ("bad_reward", {"raw_reward": -math.inf}),
+        ("bad_reward", {"reward": 1e300}),
         ("bad_metrics", {"metrics": {"a": math.inf}}),
         ("bad_metrics", {"metrics": {"a" * 200: 1.0}}),
         ("bad_metrics", {"metrics": {str(i): 1.0 for i in range(300)}}),

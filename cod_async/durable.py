@@ -1,17 +1,13 @@
-"""Files that survive a crash: written beside their place, flushed to disk, then renamed into it.
+"""Files and folders that survive a crash: written beside their place, flushed to disk, then renamed into it.
 
 A rename is atomic on a local file system, but only durable once the folder that holds the name has been
-flushed too.
+flushed too. Readers, also after a crash, see the old contents or the new ones, never a mixture.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 from pathlib import Path
-
-_CHUNK_BYTES = 1 << 20
 
 
 def fsync_path(path: Path) -> None:
@@ -23,22 +19,25 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` atomically and durably (temp file in the same folder, flush, rename,
-    flush).
-    """
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``: temporary file in the same folder, flush, rename, flush of the folder."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_path(path.parent)
 
 
 def commit_folder(temporary: Path, final: Path) -> None:
-    """Flush every file below ``temporary``, rename it to ``final`` (which must not exist), flush the
-    parent.
+    """Flush every file below ``temporary``, rename it to ``final``, flush the parent.
+
+    ``final`` must not exist, or be an empty folder.
     """
     for folder, _, names in os.walk(temporary):
         for name in names:
@@ -52,6 +51,8 @@ def remove_folder(path: Path) -> None:
     """Remove a folder tree so that a half-removed one can never be mistaken for a whole one (renamed
     first).
     """
+    import shutil  # slow to import, and every process imports this module through its configuration
+
     doomed = path.with_name(f"{path.name}.tmp")
     try:
         shutil.rmtree(doomed, ignore_errors=True)
@@ -59,12 +60,3 @@ def remove_folder(path: Path) -> None:
     except FileNotFoundError:
         return
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as lower-case hex, reading a megabyte at a time."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while chunk := handle.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
