@@ -1,20 +1,26 @@
 """Throughput of the real link: acknowledged segments per second, with and without commit.
 
-Two processes: this one is the coordinator's end (ServerLink, one thread), a child is an actor (ClientLink,
-its I/O thread and a sender). Both modes run in turn, several rounds in one call, so that a busy machine hurts
-both alike; medians and their ratio are reported. With commit, every segment is validated and inserted by
-:class:`cod_async.store.database.RunStore` in group commits as the coordinator makes them (``synchronous =
-FULL``), and acknowledged after the flush. Without, it is decoded and acknowledged at once.
+Two processes: this one is the coordinator, a child is an actor (ClientLink, its I/O thread and a sender).
+Both modes run in turn, several rounds in one call, so that a busy machine hurts both alike; medians and their
+ratio are reported, and the CPU time per segment, which a busy machine changes least.
 
-Usage: ``python bench/wire/throughput.py [--segments N] [--rounds R] [--json FILE]``.
+*With commit* this process is the coordinator's own loop (:class:`cod_async.coordinator.service.Service`):
+poll, validate, the lease's rules, insert, one commit (``synchronous = FULL``), and only then the
+acknowledgements, the metrics file included. Only the leases are not asked for: they are in the database when
+the run starts, one lifecycle for each segment, so that no group ever closes. *Without commit* the same link
+decodes, checks and acknowledges at once.
+
+Usage: ``python -m bench.wire.throughput [--segments N] [--rounds R] [--json FILE]``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -24,11 +30,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import msgspec
 import numpy as np
 import zmq
 from msgspec.structs import replace
 
-from cod_async.config.schema import StoreConfig, TransportConfig
+from cod_async.config.schema import Config, StoreConfig, TransportConfig
+from cod_async.coordinator.service import BURST_S, Service
 from cod_async.lifecycle.arrays import Array
 from cod_async.lifecycle.segment import (
     LifecycleState,
@@ -40,11 +48,13 @@ from cod_async.lifecycle.segment import (
     VersionSpan,
 )
 from cod_async.store.database import RunStore
+from cod_async.store.schema import DATABASE_NAME
 from cod_async.store.work import NewGroup
 from cod_async.transport.client_link import ClientLink
 from cod_async.transport.server_link import ServerLink
-from cod_async.wire.codec import encode_segment, validate_segment
-from cod_async.wire.messages import Bye, Hello, SegmentData
+from cod_async.weights.manifest import Manifest
+from cod_async.wire.codec import encode_segment
+from cod_async.wire.messages import Bye, SegmentData
 from cod_async.wire.session import Received
 
 RUN = "bench"
@@ -87,89 +97,94 @@ def run_client(address: str, count: int, num_tokens: int) -> None:
     link.close(Bye())
 
 
-def open_store(folder: Path, count: int) -> RunStore:
-    """Make a run database with the groups that the segments belong to."""
-    store = RunStore(folder)
+def make_run(folder: Path, count: int) -> Config:
+    """Make a run folder whose leases are all held by the first actor that says Hello."""
+    config = msgspec.convert(
+        {
+            "environments": [{"name": "hidden_buttons", "preset": "cross"}],
+            "run": {"name": RUN, "num_steps": 1_000_000},
+            "lifecycle": {"pack_size": PACK_SIZE, "group_size": GROUP_SIZE},
+            "model": {"max_context_tokens": 65536},
+        },
+        Config,
+    )
     group = NewGroup(
         environment="hidden_buttons", preset="cross", options_json="{}", records_json=("{}",) * PACK_SIZE,
         pack_seed=7, num_members=GROUP_SIZE, planned_at=Version(0, 0),
     )  # fmt: skip
+    store = RunStore(folder)
     with store.transaction():
+        store.history.open_lineage(None, 0, "bench", 0)
+        store.history.add_version(Manifest(RUN, VERSION, "0" * 64, ()))
         for index in range(-(-count // GROUP_SIZE)):
             store.work.add_group(index, group)
-    return store
+    store.close()
+    with contextlib.closing(sqlite3.connect(folder / DATABASE_NAME)) as connection, connection:
+        connection.execute("UPDATE leases SET state = 'held', session = 1, granted_at = 0")
+        connection.execute("UPDATE groups SET floor_lineage = 0, floor_step = 3")
+    return config
 
 
-def serve(link: ServerLink, store: RunStore | None, count: int) -> int:
-    """Take ``count`` segments as the coordinator does; return the number of commits."""
+def acknowledge(link: ServerLink, count: int) -> int:
+    """Take ``count`` segments and acknowledge them at once; return the number of batches."""
     config = StoreConfig()
-    num_settled = num_commits = 0
+    num_settled = num_batches = 0
     while num_settled < count:
-        batch = collect(link, config)
-        if store is not None and batch:
-            with store.transaction():
-                for session, data in batch:
-                    validate_segment(
-                        data.segment,
-                        run=RUN,
-                        pack_size=PACK_SIZE,
-                        group_size=GROUP_SIZE,
-                        vocab_size=512,
-                        newest=VERSION,
-                    )
-                    store.segments.insert(data.segment, session, VERSION)
-            num_commits += 1
-        for session, data in batch:
-            link.settle(session, data.seq)
+        until = time.monotonic() + config.commit_interval_s
+        events = link.poll(0.05, max_messages=config.commit_max_segments)
+        while len(events) < config.commit_max_segments and time.monotonic() < until:
+            time.sleep(BURST_S)  # as the coordinator does
+            events += link.poll(0.0, max_messages=config.commit_max_segments - len(events))
+        batch = [e for e in events if isinstance(e, Received) and isinstance(e.message, SegmentData)]
+        for session, data, _ in batch:
+            assert isinstance(data, SegmentData)
+            link.settle(session.session, data.seq)
         link.flush_acks()
         num_settled += len(batch)
+        num_batches += bool(batch)
+    return num_batches
+
+
+def commit(service: Service, count: int) -> int:
+    """Turn the coordinator's loop until ``count`` segments are committed; return the number of commits."""
+    num_commits = num_committed = 0
+    while num_committed < count:
+        service.turn()
+        after = service.num_segments
+        num_commits += after > num_committed
+        num_committed = after
     return num_commits
-
-
-def collect(link: ServerLink, config: StoreConfig) -> list[tuple[int, SegmentData]]:
-    """Fill one group commit, as the coordinator's loop does."""
-    batch: list[tuple[int, SegmentData]] = []
-    until = time.monotonic() + config.commit_interval_s
-    timeout_s = 0.05
-    while len(batch) < config.commit_max_segments:
-        events = link.poll(timeout_s, max_messages=config.commit_max_segments - len(batch))
-        for event in events:
-            match event:
-                case Received(session, SegmentData() as data, _):
-                    batch.append((session.session, data))
-        timeout_s = until - time.monotonic()
-        if not events or timeout_s <= 0:
-            break
-    return batch
 
 
 def measure(has_commit: bool, count: int, num_tokens: int, folder: Path) -> dict[str, float]:
     """Run one mode once; the database lives in ``folder``."""
     with tempfile.TemporaryDirectory(dir=folder) as run_dir:
-        store = open_store(Path(run_dir), count) if has_commit else None
-
-        def allocate(hello: Hello) -> int:
-            if store is None:
-                return 1
-            with store.transaction():
-                return store.sessions.open(hello.role, hello.name, hello.instance, hello.pid, hello.host)
-
-        link = ServerLink("tcp://127.0.0.1:0", RUN, TransportConfig(), allocate_session=allocate)
+        service: Service | None = None
+        if has_commit:
+            service = Service(Path(run_dir), make_run(Path(run_dir), count))
+            link = service.link
+        else:
+            link = ServerLink("tcp://127.0.0.1:0", RUN, TransportConfig(), allocate_session=lambda hello: 1)
         sizes = [f"--segments={count}", f"--tokens={num_tokens}"]
         command = [sys.executable, __file__, "--client", link.address, *sizes]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         cpu_began = time.process_time()
-        num_commits = serve(link, store, count)
+        num_commits = acknowledge(link, count) if service is None else commit(service, count)
         cpu_s = time.process_time() - cpu_began
         while child.poll() is None:
-            link.poll(0.05)
-            link.flush_acks()
+            if service is None:
+                link.poll(0.05)
+                link.flush_acks()
+            else:
+                service.turn()
         assert child.stdout is not None
         report = json.loads(child.stdout.read())
         assert not link.rejected, link.rejected
-        link.close()
-        if store is not None:
-            store.close()
+        if service is None:
+            link.close()
+        else:
+            assert not service.num_dropped
+            service.close()
     return {
         "segments_per_s": count / report["wall_s"],
         "client_cpu_us": 1e6 * report["cpu_s"] / count,
@@ -223,10 +238,17 @@ def main() -> None:
         "median": median,
         "commit_to_link_ratio": ratio,
         "rounds": rounds,
+        "date": time.strftime("%Y-%m-%d"),
         "load_average": os.getloadavg(),
-        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "zmq": zmq.zmq_version()},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+            "zmq": zmq.zmq_version(),
+            "sqlite": sqlite3.sqlite_version,
+        },
     }
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     else:
         print(json.dumps(report))

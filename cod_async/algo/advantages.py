@@ -17,20 +17,13 @@ from typing import Literal
 
 import msgspec
 
+from cod_async.algo.statistics import sample_std
 from cod_async.config.schema import CreditAssignmentConfig
 
 Degenerate = Literal["singleton", "equal_returns"]
 
 STD_EPSILON = 1e-6
 """Added to a standard deviation before dividing by it."""
-
-
-def sample_std(values: Sequence[float]) -> float:
-    """Return the unbiased standard deviation (ddof 1); 0 for fewer than two values."""
-    if len(values) < 2:
-        return 0.0
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 class GroupBaseline(msgspec.Struct, frozen=True):

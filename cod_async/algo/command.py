@@ -131,8 +131,8 @@ def _checked(payload: Any) -> tuple[CreditAssignmentConfig, list[dict[str, Any]]
         identity = (lifecycle["pack"], lifecycle["lifecycle"])
         if identity in seen:
             problems.append(
-                f"lifecycles[{index}]: pack {_shown(identity[0])}, lifecycle {_shown(identity[1])} was given before "
-                f"(lifecycles[{seen[identity]}])"
+                f"lifecycles[{index}]: pack {_shown(identity[0])}, lifecycle {_shown(identity[1])} was given "
+                f"before (lifecycles[{seen[identity]}])"
             )
         seen.setdefault(identity, index)
         size = len(lifecycle["task_rewards"])

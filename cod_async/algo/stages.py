@@ -12,9 +12,10 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import msgspec
 
-from cod_async.algo.advantages import STD_EPSILON, Degenerate, GroupBaseline, sample_std
+from cod_async.algo.advantages import STD_EPSILON, Degenerate, GroupBaseline
 from cod_async.algo.red import red_temperature, reweight
 from cod_async.algo.returns import lifecycle_returns
+from cod_async.algo.statistics import sample_std
 from cod_async.config.schema import CreditAssignmentConfig
 from cod_async.lifecycle.segment import EpisodeKind
 

@@ -18,6 +18,7 @@ from cod_async.config.load import apply_overrides, override_path, read_config, t
 from cod_async.config.schema import Config
 from cod_async.durable import write_atomic
 from cod_async.errors import ConfigError, InputError
+from cod_async.observe.summary import CURVES, TAUGHT_TITLE
 
 RESUME_MAY_SET = (
     "run.num_steps", "run.early_stop", "run.grace_s", "actors", "observe", "evaluation", "store", "transport",
@@ -25,9 +26,6 @@ RESUME_MAY_SET = (
     "learner.keep_checkpoints", "learner.tokens_per_micro_batch", "weights.keep_versions",
 )  # fmt: skip
 """What ``--set`` may change on ``--resume``: how long and how much at once, never what is being learned."""
-
-
-TAUGHT_TITLE = "what the starting model was taught, and what it was not"
 
 
 def _read_and_check(
@@ -161,7 +159,10 @@ def plan(config: Config) -> dict[str, Any]:
             "lifecycles_under_way_at_most": (ahead + 1) * num_lifecycles,
             "are_actors_filled": at_once >= num_lifecycles,
         },
-        "evaluation_lifecycles": config.evaluation.num_packs * config.evaluation.lifecycles_per_pack * 8
+        "evaluation_lifecycles": config.evaluation.num_packs
+        * config.evaluation.lifecycles_per_pack
+        * len(CURVES)
+        * len(config.environments)
         if config.evaluation.is_enabled
         else 0,
         "model": config.model.path

@@ -121,6 +121,9 @@ def _walk_struct(value: Any, expected: inspect.StructType, path: str, problems: 
 def _missing_advice(name: str, path: str) -> str:
     if name == "environments" and not path:
         return "add at least one [[environments]] table with a name and a preset (see cod env list)"
+    table, _, index = path.rpartition(".")
+    if index.isdecimal():
+        return f"give {name} a value in every [[{table}]] table"
     return f"give {name} a value under [{path}]" if path else f"give {name} a value"
 
 

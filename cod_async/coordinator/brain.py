@@ -102,8 +102,17 @@ class Brain:
         Raises:
             StoreError: nothing was written; end the process, it must be loaded again from the database.
         """
+        out = self.stage(events)
+        self._store.commit()
+        return out
+
+    def stage(self, events: Sequence[Event]) -> Outbox:
+        """Apply events as :meth:`apply` does, but leave the flush to ``RunStore.commit``.
+
+        Until that has returned, nothing of the answer may be sent and nothing else may use the store.
+        """
         out = self._core.out = Outbox()
-        with self._store.transaction():
+        with self._store.staged():
             for event in events:
                 match event:
                     case Opened():
@@ -237,6 +246,16 @@ class Brain:
         with self._store.transaction():
             for row in rows:
                 self._store.history.mark_reported(row.version)
+
+    @property
+    def num_segments(self) -> int:
+        """Segments committed since this process started."""
+        return self._core.tally["segments"]
+
+    @property
+    def num_dropped(self) -> int:
+        """Segments of the run that were dropped, whatever for."""
+        return self._core.dropped.total()
 
     @property
     def num_live_sessions(self) -> int:

@@ -26,8 +26,13 @@ log = logging.getLogger(__name__)
 MAX_STRIKES = 3
 STRIKE_WINDOW_S = 60.0
 MAX_EARLY_PER_LIFECYCLE = 4
+MAX_REMEMBERED_WORLDS = 512
 LOG_INTERVAL_S = 10.0
 """Drops are counted one by one and logged at most this often per actor and reason."""
+
+
+def _holder(lease: LeaseRow) -> tuple[str, int | None, int]:
+    return lease.state, lease.session, lease.lease_epoch
 
 
 class _Early(NamedTuple):
@@ -46,6 +51,7 @@ class Intake:
         self._strikes: dict[int, deque[float]] = {}
         self._early: dict[tuple[int, int], list[_Early]] = {}
         self._logged_at: dict[tuple[str, str], float] = {}
+        self._worlds: dict[int, GroupRow] = {}
         self.expelled: set[int] = set()
 
     def take(self, session: int, data: SegmentData) -> None:
@@ -85,17 +91,20 @@ class Intake:
     def _take_one(self, session: int, seq: int, segment: Segment) -> None:
         core = self._core
         key, epoch = segment.key, segment.lease_epoch
+        lease = core.store.work.lease(key.group, key.member)
+        is_held = lease is not None and _holder(lease) == ("held", session, epoch)
+        if lease is not None and is_held and key.ordinal >= lease.next_ordinal:
+            # Not committed, as the lease would be further; not refused, as that would have cost the lease.
+            self._take_held(session, seq, segment, lease)
+            return
         before = core.store.segments.refusal(key, epoch)
         if before is not None:
             core.out.settle(session, seq, before)
-            return
-        if core.store.segments.winner(key) == epoch:
+        elif core.store.segments.winner(key) == epoch:
             core.out.settle(session, seq)
-            return
-        lease = core.store.work.lease(key.group, key.member)
-        if lease is None:
+        elif lease is None:
             self._refuse(session, seq, segment, "unknown_lease", str(key), is_strike=True)
-        elif (lease.state, lease.session, lease.lease_epoch) != ("held", session, epoch):
+        elif not is_held:
             core.out.fence(session, LeaseRef(key.group, key.member, epoch), "fenced")
             self._refuse(session, seq, segment, "fenced", f"the lease is at epoch {lease.lease_epoch}")
         else:
@@ -104,8 +113,7 @@ class Intake:
     def _take_held(self, session: int, seq: int, segment: Segment, lease: LeaseRow) -> None:
         core = self._core
         key = segment.key
-        group = core.store.work.group(key.group)
-        assert group is not None  # noqa: S101  (foreign key)
+        group = self._world_of(key.group)
         try:
             self._validate(segment, group)
         except WireError as error:
@@ -129,6 +137,17 @@ class Intake:
             core.store.work.settle(lease, "ended")
             self._leasing.ended(key.group, key.member)
             self._grouping.maybe_close(key.group)
+
+    def _world_of(self, group: int) -> GroupRow:
+        """Return a group's row; what is checked of it never changes, so the last few hundred are kept."""
+        row = self._worlds.get(group)
+        if row is None:
+            row = self._core.store.work.group(group)
+            assert row is not None  # noqa: S101  (foreign key)
+            if len(self._worlds) >= MAX_REMEMBERED_WORLDS:
+                self._worlds.clear()
+            self._worlds[group] = row
+        return row
 
     def _keep_early(self, session: int, seq: int, segment: Segment) -> None:
         waiting = self._early.setdefault((segment.key.group, segment.key.member), [])
@@ -185,6 +204,8 @@ class Intake:
             core.count_drop(reason, 1, num_tokens)
             _, name = core.sessions.get(session, ("actor", "?"))
             if core.now() - self._logged_at.get((name, reason), -LOG_INTERVAL_S) >= LOG_INTERVAL_S:
+                if len(self._logged_at) >= MAX_REMEMBERED_WORLDS:
+                    self._logged_at.clear()
                 self._logged_at[name, reason] = core.now()
                 log.log(
                     logging.WARNING if is_strike else logging.INFO,

@@ -76,12 +76,14 @@ class Leasing:
             if now - parked.since >= PARK_S:
                 self._answer(session, parked.request.request, [])
         deadline_s = self._core.config.groups.deadline_s
-        for at, granted in list(self._granted_at.items()):
-            if now - granted > deadline_s:
-                del self._granted_at[at]  # it may have been cut off with its group meanwhile
-                lease = self._core.store.work.lease(*at)
-                if lease is not None and lease.state == "held":
-                    self.give_up(lease, "deadline")
+        while self._granted_at:
+            at, granted = next(iter(self._granted_at.items()))  # in the order of granting: the oldest
+            if now - granted <= deadline_s:
+                break
+            del self._granted_at[at]  # it may have been cut off with its group meanwhile
+            lease = self._core.store.work.lease(*at)
+            if lease is not None and lease.state == "held":
+                self.give_up(lease, "deadline")
 
     def restore_clocks(self) -> None:
         """After a restart every held lease has its whole deadline before it."""

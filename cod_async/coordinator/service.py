@@ -1,8 +1,10 @@
 """The coordinator process: one loop around the brain.
 
-Poll, apply, commit, and only then acknowledge and reply. Between two polls nothing is kept that the database
-or the clients do not know, so the process may die at any instruction; started again on the same run folder it
-takes the same port if it can, gives every known session a fresh timeout, and goes on.
+Poll, apply, commit, and only then acknowledge and reply. A commit that holds segments is flushed on a second
+thread, while this one already receives and decodes what the next commit will hold; the database itself is
+used by one thread at a time. Nothing is kept beyond that which the database or the clients do not know, so
+the process may die at any instruction; started again on the same run folder it takes the same port if it can,
+gives every known session a fresh timeout, and goes on.
 """
 
 from __future__ import annotations
@@ -16,28 +18,32 @@ import sqlite3
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import FrameType
 
 from cod_async.config.load import load_resolved, write_atomic
 from cod_async.config.schema import Config
 from cod_async.coordinator.brain import Brain
+from cod_async.coordinator.core import Outbox
 from cod_async.coordinator.meter import StatusMeter
 from cod_async.errors import StoreError, WireError
 from cod_async.store.database import RunStore
 from cod_async.store.metrics_log import MetricsLog
 from cod_async.transport.address import ADDRESS_NAME, read_address
 from cod_async.transport.server_link import ServerLink
-from cod_async.wire.messages import SegmentData
+from cod_async.wire.messages import Hello, SegmentData
 from cod_async.wire.session import Event, Received
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
 """Longest wait for a message; time-driven work happens at least this often."""
+BURST_S = 0.001
+"""Pause between two looks for messages while a commit fills or is flushed: taken in bursts they cost less."""
 STATUS_INTERVAL_S = 1.0
 MAX_STATUS_INTERVAL_S = 15.0
-"""Status lines grow rarer with the age of the process, an hour adding a second, so that weeks fit the file."""
+"""Status lines grow rarer with the age of the process, a second for an hour, so that weeks fit the file."""
 
 
 class Service:
@@ -56,6 +62,8 @@ class Service:
         self._config = config
         self._is_told_to_stop = False
         self._is_credit_open = True
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flush: tuple[Future[None], Outbox] | None = None
         self._store = RunStore(run_dir)
         self._brain = Brain(self._store, config, config.run.name)
         if self._brain.finished and not self._brain.is_nothing_left:
@@ -64,7 +72,7 @@ class Service:
             config.transport.bind,
             config.run.name,
             config.transport,
-            allocate_session=self._brain.allocate,
+            allocate_session=self._allocate,
             known_sessions=self._brain.known_sessions(),
             preferred_address=read_address(run_dir),
         )
@@ -96,12 +104,14 @@ class Service:
         has_met_anyone = False
         while not (self._is_told_to_stop and not self._brain.finished):
             self.turn()
+            if self._is_told_to_stop or self._brain.finished or time.monotonic() >= look_at:
+                self._end_commit()  # what follows uses the store
             now = time.monotonic()
             has_met_anyone = has_met_anyone or self._brain.num_live_sessions > 0
-            if now >= look_at:
+            if now >= look_at and self._flush is None:
                 look_at = now + STATUS_INTERVAL_S
                 self._give_or_withdraw_credit()
-            if now >= status_at:
+            if now >= status_at and self._flush is None:
                 age_s = now - began_at
                 status_at = now + min(MAX_STATUS_INTERVAL_S, max(STATUS_INTERVAL_S, age_s / 3600))
                 self._write_status()
@@ -115,15 +125,54 @@ class Service:
                 self._is_told_to_stop = False
             if now > over_at or (has_met_anyone and self._brain.num_live_sessions == 0):
                 break
+        self._end_commit()
         if self._brain.finished:
             self._brain.close_run()
             log.info("run %s: over (%s)", self._config.run.name, self._brain.finished)
         return 0
 
+    @property
+    def link(self) -> ServerLink:
+        """The coordinator's end of all connections."""
+        return self._link
+
+    @property
+    def num_segments(self) -> int:
+        """Segments committed by this process."""
+        return self._brain.num_segments
+
+    @property
+    def num_dropped(self) -> int:
+        """Segments of the run that were dropped, whatever for."""
+        return self._brain.num_dropped
+
     def turn(self) -> None:
-        """One turn of the loop: poll, apply and commit, acknowledge and reply."""
+        """One turn of the loop: poll, apply and commit, acknowledge and reply.
+
+        When it returns, a commit of segments may still be under way; the next turn ends it.
+        """
         events = self._collect()
-        out = self._brain.apply(events)
+        self._end_commit()
+        out = self._brain.stage(events)
+        if out.settled:
+            self._flush = self._flusher.submit(self._store.commit), out
+        else:
+            self._store.commit()
+            self._answer(out)
+
+    def _end_commit(self) -> None:
+        """Wait for the commit under way, if there is one, and send what had to wait for it."""
+        if self._flush is not None:
+            (future, out), self._flush = self._flush, None
+            future.result()
+            self._answer(out)
+
+    def _allocate(self, hello: Hello) -> int:
+        if self._flush is not None:
+            wait([self._flush[0]])  # the store is in use; whether it failed, the next turn will hear
+        return self._brain.allocate(hello)
+
+    def _answer(self, out: Outbox) -> None:
         manifest = self._brain.manifest
         if manifest is not None and manifest.version != self._manifest_told:
             self._manifest_told = manifest.version
@@ -142,6 +191,9 @@ class Service:
 
     def close(self) -> None:
         """Release the address, the files and the database."""
+        with contextlib.suppress(StoreError):  # it was raised where it mattered, or nobody was told of it
+            self._end_commit()
+        self._flusher.shutdown()
         self._link.close()
         with contextlib.suppress(sqlite3.Error, OSError):  # a failed disk must not hide what it failed at
             self._write_status()
@@ -164,22 +216,34 @@ class Service:
             log.warning("run %s: the database has room again; actors go on", run)
         else:
             log.error(
-                "run %s: the database holds %d bytes, store.max_database_bytes is %d: actors wait. Checkpoints "
-                "make room with store.retention = until_checkpoint; otherwise resume with a higher ceiling",
+                "run %s: the database holds %d bytes, store.max_database_bytes is %d: actors wait. "
+                "Checkpoints make room if store.retention is until_checkpoint; or resume with a higher one",
                 *(run, num_bytes, ceiling),
             )
 
     def _collect(self) -> Sequence[Event]:
         """Wait for messages; when segments come, wait a little longer so that one flush covers many."""
         store = self._config.store
-        events = self._link.poll(TICK_S, max_messages=store.commit_max_segments)
+        events: list[Event] = []
+        while self._flush is not None and not self._flush[0].done():
+            room = store.commit_max_segments - len(events)
+            if room <= 0:
+                break
+            more = self._link.poll(0.0, max_messages=room)
+            events += more
+            if not more:
+                wait([self._flush[0]], BURST_S)
+        self._end_commit()
+        is_empty = not events
+        room = store.commit_max_segments - len(events)
+        events += self._link.poll(TICK_S if is_empty else 0.0, max_messages=room) if room > 0 else []
         until = time.monotonic() + store.commit_interval_s
         while any(isinstance(e, Received) and isinstance(e.message, SegmentData) for e in events):
             room, left_s = store.commit_max_segments - len(events), until - time.monotonic()
-            more = self._link.poll(left_s, max_messages=room) if room > 0 and left_s > 0 else []
-            if not more:
+            if room <= 0 or left_s <= 0:
                 break
-            events += more
+            time.sleep(min(left_s, BURST_S))
+            events += self._link.poll(0.0, max_messages=room)
         return events
 
 

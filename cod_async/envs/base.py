@@ -142,6 +142,8 @@ class EnvironmentSpec(msgspec.Struct, frozen=True):
         truth_hint: (fresh environment, task) -> the hint, label included, that tells the task's hidden world
             in plain words; shown by the evaluation control ``truth`` (use of a hint as opposed to its
             discovery). None: no such control.
+        has_held_out_worlds: (options) -> whether held-out packs only have worlds that training never meets;
+            None: never, held-out packs are merely other packs.
         bootstrap_module: module that makes a tiny starting model for this environment, with
             ``vocabulary(options)``, ``bootstrap_documents(options, seed, num, pack_size=)`` and
             ``skills(options)``; empty: there is none, and ``cod bootstrap`` makes random weights.
@@ -158,6 +160,7 @@ class EnvironmentSpec(msgspec.Struct, frozen=True):
     policies: Mapping[str, Callable[[int], Policy]]
     record_at: Callable[[Mapping[str, Any], str, int, int], dict[str, Any]] | None = None
     truth_hint: Callable[[Environment, TaskSpec], str] | None = None
+    has_held_out_worlds: Callable[[Mapping[str, Any]], bool] | None = None
     bootstrap_module: str = ""
 
     def options(self, preset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -9,12 +9,12 @@ through whole packs and returns its reward at each position: the floor (``random
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from cod_async.algo.statistics import mean_and_sem
 from cod_async.config.schema import EnvironmentConfig, LifecycleConfig
 from cod_async.envs import registry
 from cod_async.envs.base import Environment, EnvironmentSpec, Policy, TaskSpec
@@ -166,7 +166,9 @@ def play(
     rewards = asyncio.run(play_all())
     elapsed_s = max(time.perf_counter() - started_s, 1e-9)
     return {
-        "reward_by_position": [_mean_and_sem(column) for column in zip(*rewards, strict=True)],
+        "reward_by_position": [
+            {"mean": mean, "sem": sem} for mean, sem in map(mean_and_sem, zip(*rewards, strict=True))
+        ],
         "episodes_per_s": num_packs * pack_size / elapsed_s,
     }
 
@@ -218,13 +220,3 @@ def _noted(problems: list[str]) -> Iterator[None]:
         yield
     except EnvironmentInputError as error:
         problems.extend(error.problems)
-
-
-def _mean_and_sem(values: Sequence[float]) -> dict[str, float]:
-    """Return the mean and its standard error (unbiased variance)."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count == 1:
-        return {"mean": mean, "sem": 0.0}
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return {"mean": mean, "sem": math.sqrt(variance / count)}

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cod_async.algo.statistics import mean_and_sem
 from cod_async.config.schema import Config
 from cod_async.envs.base import EnvironmentSpec, TaskSpec
 from cod_async.errors import InputError, WorkError
-from cod_async.evaluate.report import Report, Row, gap, mean_and_sem, pack_means, report_to_json
+from cod_async.evaluate.report import Report, Row, gap, pack_means, report_to_json
 from cod_async.evaluate.request import (
     CONTROLS,
     SPLITS,

@@ -63,14 +63,14 @@ def run_jobs(
     tell = _locked(on_progress)
     if num_processes <= 1 or len(jobs) <= 1:
         return [
-            evaluate_request(Path(job.model_dir), job.config, job.request, _labelled(tell, index))
+            evaluate_request(Path(job.model_dir), job.config, job.request, _labeled(tell, index))
             for index, job in enumerate(jobs)
         ]
     workers: list[subprocess.Popen[bytes]] = []
     try:
         with ThreadPoolExecutor(max_workers=num_processes) as pool:
             futures = [
-                pool.submit(_run_worker, job, _labelled(tell, i), workers) for i, job in enumerate(jobs)
+                pool.submit(_run_worker, job, _labeled(tell, i), workers) for i, job in enumerate(jobs)
             ]
             try:
                 return [future.result() for future in futures]
@@ -95,7 +95,7 @@ def _locked(on_progress: Progress | None) -> Progress | None:
     return tell
 
 
-def _labelled(tell: Progress | None, index: int) -> Callable[[dict[str, Any]], None] | None:
+def _labeled(tell: Progress | None, index: int) -> Callable[[dict[str, Any]], None] | None:
     return None if tell is None else lambda values: tell({"job": index, **values})
 
 

@@ -61,16 +61,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     wall_s: float
 
 
-def mean_and_sem(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the standard error of the mean (n - 1 in the variance; 0.0 for a single value)."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, 0.0
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return mean, math.sqrt(variance / n)
-
-
 def gap(means: Sequence[float]) -> float:
     """Return the CoD gap of a curve: mean of positions 1.. minus position 0; 0.0 for a single position."""
     if len(means) < 2:

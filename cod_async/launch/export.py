@@ -34,6 +34,16 @@ def trained_versions(run_dir: Path) -> dict[Version, Path]:
     return found
 
 
+def _may_replace(out: Path) -> bool:
+    """Whether ``out`` is empty or holds nothing but an earlier export: flat, with a config and weights."""
+    if not out.is_dir():
+        return False
+    entries = list(out.iterdir())
+    names = {entry.name for entry in entries}
+    is_flat = all(entry.is_file() for entry in entries)
+    return not entries or (is_flat and {"config.json", WEIGHTS_FILE} <= names)
+
+
 def export_model(run_dir: Path, out: Path, step: int | None = None) -> Version:
     """Write the newest version (or the newest lineage's version at ``step``) as a model directory.
 
@@ -55,14 +65,21 @@ def export_model(run_dir: Path, out: Path, step: int | None = None) -> Version:
         wanted = "trained weights" if step is None else f"weights of step {step}"
         raise InputError(f"{run_dir}: no {wanted}; steps on disk: {known}")
     version = max(chosen)
-    if out.exists() and not (out.is_dir() and ((out / "config.json").is_file() or not any(out.iterdir()))):
-        raise InputError(f"{out}: exists and is not a model directory; choose another folder")
+    if out.exists() and not _may_replace(out):
+        raise InputError(f"{out}: exists and is not an earlier export; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     skipped = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "bootstrap.json")
-    shutil.copytree(run_dir / "model", temporary, ignore=skipped)
-    shutil.copyfile(versions[version] / WEIGHTS_FILE, temporary / WEIGHTS_FILE)
+    try:
+        shutil.copytree(run_dir / "model", temporary, ignore=skipped)
+        shutil.copyfile(versions[version] / WEIGHTS_FILE, temporary / WEIGHTS_FILE)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(
+            f"{run_dir}: version {version} was not copied ({error}); a running learner prunes old versions: "
+            "try again"
+        ) from error
     if out.exists():
         shutil.rmtree(out)
     os.replace(temporary, out)

@@ -12,11 +12,14 @@ import torch
 
 from cod_async.errors import WorkError
 from cod_async.learner.packing import flatten, micro_batches
-from cod_async.learner.step import SELF_TEST_TOLERANCE, action_logprobs
+from cod_async.learner.step import action_logprobs
 from cod_async.lifecycle.arrays import Array
 from cod_async.lifecycle.segment import Row, SegmentKey, Version, VersionSpan
 from cod_async.models.qwen3 import Qwen3
 from cod_async.wire.messages import TrainItem
+
+SELF_TEST_TOLERANCE = 1e-4
+"""Largest difference of a log-prob between packed and separate rows that is still rounding."""
 
 
 def random_items(

@@ -20,8 +20,6 @@ from cod_async.learner.packing import MAX_BUCKET_TOKENS, FlatRows, MicroBatch, m
 from cod_async.models.qwen3 import Qwen3
 from cod_kernels import KernelInputError, linear_logprob, merge_metrics, segment_loss, summarize_metrics
 
-SELF_TEST_TOLERANCE = 1e-4
-
 
 def action_logprobs(
     model: Qwen3, batch: MicroBatch, temperature: float, *, has_entropy: bool = False

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from cod_async.errors import InputError
 
@@ -42,12 +42,15 @@ class TextTokenizer:
             raise InputError(f"{file}: not a readable tokenizer ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Special tokens spelled out in a text are split like any other text ...
-        self._tokenizer.encode_special_tokens = True
+        # Control tokens spelled out in a text are split like any other text. Some vocabularies mark only some
+        # of them as special (Qwen3's leaves out think and tool tags); here all of them are.
         added = self._tokenizer.get_added_tokens_decoder()
-        self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
-        # ... except where whole words are looked up in a vocabulary that contains them: there they become
-        # unknown.
+        self._tokenizer.add_special_tokens(
+            [AddedToken(token.content, special=True, normalized=False) for token in added.values()]
+        )
+        self._tokenizer.encode_special_tokens = True
+        self.special_ids: frozenset[int] = frozenset(added)
+        # Where whole words are looked up in a vocabulary that contains them, they become unknown instead.
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         self._unknown_id: int | None = self._tokenizer.token_to_id(unknown) if unknown else None
 

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from cod_async.config import load_resolved
 from cod_async.config.schema import Config
 from cod_async.observe.metrics import Record, lag_histogram, position_gap, read_history
-from cod_async.observe.summary import LABELS, curves, read_evaluation
+from cod_async.observe.summary import LABELS, curves, labels_for, read_evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,14 +81,18 @@ def _nan(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if value is None else float(value) for value in values]
 
 
-def draw_evaluation(axes: Axes, by_curve: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+def draw_evaluation(
+    axes: Axes,
+    by_curve: Mapping[str, Sequence[Mapping[str, float]]],
+    labels: Mapping[str, str] = LABELS,
+) -> None:
     """Draw reward over position before, after, on held-out worlds, and with the hint blanked or swapped."""
     for name, (color, marker, dash) in CURVE_STYLE.items():
         points = by_curve.get(name)
         if not points:
             continue
         gap = position_gap([point["mean"] for point in points])
-        label = LABELS[name] + ("" if gap is None else f" (gap {gap:+.2f})")
+        label = labels[name] + ("" if gap is None else f" (gap {gap:+.2f})")
         axes.errorbar(
             range(len(points)), [point["mean"] for point in points], yerr=[point["sem"] for point in points],
             color=color, marker=marker, linestyle=dash, linewidth=2, capsize=3, label=label,
@@ -136,13 +140,13 @@ def draw_all(run_dir: Path) -> list[Path]:
     config: Config = load_resolved(run_dir)
     steps = read_history(run_dir).steps
     evaluations: dict[str, Any] = {name: read_evaluation(run_dir, name) for name in ("before", "after")}
-    by_curve = curves(evaluations, config)
+    by_curve, labels = curves(evaluations, config), labels_for(config)
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     paths = []
     single: dict[str, Callable[[Axes], None]] = {
         "reward_by_position": lambda axes: draw_rewards(axes, steps),
-        "evaluation": lambda axes: draw_evaluation(axes, by_curve),
+        "evaluation": lambda axes: draw_evaluation(axes, by_curve, labels),
         "lag": lambda axes: draw_lag(axes, steps),
     }
     for name, draw in single.items():
@@ -153,7 +157,7 @@ def draw_all(run_dir: Path) -> list[Path]:
         1, 3, figsize=(16, 4.6), layout="constrained", width_ratios=(5, 5, 3)
     )
     draw_rewards(left, steps)
-    draw_evaluation(middle, by_curve)
+    draw_evaluation(middle, by_curve, labels)
     draw_lag(right, steps)
     paths.append(_save(figure, folder / "quickstart.png"))
     return paths

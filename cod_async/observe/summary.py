@@ -18,6 +18,7 @@ from rich.table import Table
 from cod_async.config import config_digest
 from cod_async.config.schema import Config
 from cod_async.durable import write_atomic
+from cod_async.envs import registry
 from cod_async.observe.metrics import History, lag_statistics, position_gap
 from cod_async.observe.progress import format_duration
 
@@ -37,17 +38,31 @@ CURVES: tuple[tuple[str, str, str, str], ...] = (
 LABELS = {
     "before": "before training",
     "after": "after training",
-    "held_out": "after, worlds never trained on",
+    "held_out": "after, held-out packs",
     "hint_blanked": "after, hint blanked",
     "hint_swapped": "after, hint of another world",
-    "held_out_before": "before, worlds never trained on",
-    "held_out_hint_blanked": "never trained on, hint blanked",
-    "held_out_hint_swapped": "never trained on, other hint",
+    "held_out_before": "before, held-out packs",
+    "held_out_hint_blanked": "held-out packs, hint blanked",
+    "held_out_hint_swapped": "held-out packs, other hint",
 }
+TAUGHT_TITLE = "what the starting model was taught, and what it was not"
 FLAT = 0.10
 """A gap of at most this size counts as flat."""
 MAX_TRAINING_S = 300.0
 """Bootstrap and training of the quickstart together."""
+
+
+def labels_for(config: Config) -> dict[str, str]:
+    """Return curve name -> label; held-out packs are called worlds never trained on only where they are."""
+    specs = [(registry.get(env.name), env) for env in config.environments]
+    has_held_out_worlds = all(
+        spec.has_held_out_worlds is not None
+        and spec.has_held_out_worlds(spec.options(env.preset, env.options))
+        for spec, env in specs
+    )
+    if not has_held_out_worlds:
+        return dict(LABELS)
+    return {name: text.replace("held-out packs", "worlds never trained on") for name, text in LABELS.items()}
 
 
 def write_evaluation(run_dir: Path, name: str, values: Mapping[str, Any]) -> None:
@@ -130,7 +145,7 @@ def bars(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         value = gap.get(curve)
         rows.append(
             bar(
-                f"gap, {LABELS[curve]}",
+                f"gap, {summary['labels'][curve]}",
                 value,
                 f"|gap| <= {FLAT:.2f}",
                 value is not None and abs(value) <= FLAT,
@@ -177,6 +192,7 @@ def build_summary(
         "num_steps": steps[-1]["step"] + 1 if steps else 0,
         "reward_by_position": by_curve,
         "gap": gaps(by_curve),
+        "labels": labels_for(config),
         "lag": lag_statistics(steps),
         "policy_versions": len(steps) // config.weights.publish_every_steps + 1,
         "well_formed_hint_frac": _well_formed(evaluations),
@@ -225,7 +241,8 @@ def curve_table(summary: Mapping[str, Any]) -> Table:
     for name, points in by_curve.items():
         cells = [f"{point['mean']:.2f} ±{point['sem']:.2f}" for point in points]
         gap = summary["gap"].get(name)
-        table.add_row(LABELS.get(name, name), *cells, "-" if gap is None else f"{gap:+.2f}")
+        label = summary.get("labels", LABELS).get(name, name)
+        table.add_row(label, *cells, "-" if gap is None else f"{gap:+.2f}")
     return table
 
 
@@ -252,7 +269,7 @@ def taught_table(run_dir: Path) -> Table | None:
         report = json.loads((run_dir / "model" / "bootstrap.json").read_text())
     except (OSError, ValueError):
         return None
-    table = Table(title="what the starting model was taught, and what it was not", title_justify="left")
+    table = Table(title=TAUGHT_TITLE, title_justify="left")
     for head in ("skill", "taught", "note"):
         table.add_column(head)
     for row in report.get("taught", []):

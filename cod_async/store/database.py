@@ -63,15 +63,39 @@ class RunStore:
         Raises:
             StoreError: the database could not be read, written or flushed; nothing of the block happened.
         """
+        with self.staged():
+            yield
+        self.commit()
+
+    @contextlib.contextmanager
+    def staged(self) -> Iterator[None]:
+        """Run a block in a transaction that :meth:`commit` ends; if the block fails, nothing of it happened.
+
+        Raises:
+            StoreError: the database could not be read or written.
+        """
         try:
             self._connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
             raise StoreError(
                 f"{self.path}: no transaction ({error}); is another program writing to it?"
             ) from error
+        with self._rolled_back_on_error():
+            yield
+
+    def commit(self) -> None:
+        """Flush what was staged to the disk. May run on another thread while nobody else uses the store.
+
+        Raises:
+            StoreError: it could not be flushed; nothing of what was staged happened.
+        """
+        with self._rolled_back_on_error():
+            self._connection.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _rolled_back_on_error(self) -> Iterator[None]:
         try:
             yield
-            self._connection.execute("COMMIT")
         except BaseException as error:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")

@@ -1,7 +1,7 @@
-"""Digests of files, and one for a set of named tensors: equal digests mean equal weights, whoever wrote the file.
+"""Digests of files and of sets of named tensors: equal ones mean equal weights, whoever wrote the file.
 
-The digest of tensors runs over name, dtype, shape and raw little-endian bytes in name order, so it depends neither on
-the order of a state dict nor on how tensors are spread over shards.
+The digest of tensors runs over name, dtype, shape and raw little-endian bytes in name order, so it depends
+neither on the order of a state dict nor on how tensors are spread over shards.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from cod_async.lifecycle.segment import LifecycleState, Row, Segment, Version, k
 MAX_INT = 1 << 62
 MAX_REWARD = 1e9
 """Largest magnitude of a reward: sums of squares over a group stay far from overflow, also in float32."""
+_UINT32, _FLOAT32 = np.dtype("<u4"), np.dtype("<f4")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -144,7 +145,7 @@ def _check_row(row: Row, vocab_size: int | None, max_context_tokens: int | None)
             "row_too_long", f"row of {num_tokens} tokens, at most {max_context_tokens} are allowed"
         )
     # As unsigned, a negative id is a huge one: one comparison finds both.
-    highest = int(row.token_ids.numpy().view("<u4").max())
+    highest = int(np.frombuffer(row.token_ids.data, _UINT32).max())
     if highest >= (1 << 31 if vocab_size is None else vocab_size):
         raise WireError(
             "bad_token_ids",
@@ -167,7 +168,7 @@ def _check_row(row: Row, vocab_size: int | None, max_context_tokens: int | None)
 def _check_logprobs(row: Row, epsilon: float) -> None:
     if row.num_action_tokens == 0:
         return
-    logprobs = row.behavior_logprobs.numpy()
+    logprobs = np.frombuffer(row.behavior_logprobs.data, _FLOAT32)
     # NaN fails every comparison, so that one pass over the extremes covers NaN, both infinities and positive
     # values.
     if not (logprobs.min() > -math.inf and logprobs.max() <= epsilon):

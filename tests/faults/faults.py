@@ -122,6 +122,11 @@ class Fault:
             except Over:
                 return  # the others brought the run to its end without it
 
+    def grace_s(self) -> float:
+        """Return the run's grace; that of the drill's configuration while there is no run folder yet."""
+        path = self.run.run_dir / "config.json"
+        return float(json.loads(path.read_text())["run"]["grace_s"]) if path.is_file() else 10.0
+
     def aim(self) -> str:
         """Now and then hold the blow until a certain moment comes; return its name, or nothing."""
         if self.rng.random() > AIM_SHARE:
@@ -216,7 +221,7 @@ class Interrupt(Everything):
         run = self.run
         assert run.launcher is not None
         signum = self.rng.choice((signal.SIGTERM, signal.SIGINT))
-        grace_s = float(json.loads((run.run_dir / "config.json").read_text())["run"]["grace_s"])
+        grace_s = self.grace_s()
         started = time.monotonic()
         run.kill(run.launcher.pid, signum)
         code = run.wait_end(grace_s + 5.0)
@@ -327,7 +332,7 @@ class Tour(Everything):
 class Edges(Everything):
     """Before there is anything, and when all is done."""
 
-    meaning = "kill -9 of one process or of all while the run starts, and again while it ends"
+    meaning = "kill -9 of one process or of all, or SIGTERM, while the run starts, and again while it ends"
     num_steps: ClassVar[int] = 12
     max_faults: ClassVar[int] = 2
 
@@ -350,13 +355,29 @@ class Edges(Everything):
         pids = {
             name: pid for role in ("coordinator", "learner", "actor") for name, pid in run.pids(role).items()
         }
-        victim = self.rng.choice([*sorted(pids), "everything"])
-        if victim == "everything" or not pids:
+        victim = self.rng.choice([*sorted(pids), "everything", "SIGTERM"])
+        if victim == "SIGTERM":
+            self.ask_to_stop()
+        elif victim == "everything":
             run.kill_everything()
-            self.run.launch()
+            run.launch()
         else:
             run.kill(pids[victim])
         return {"victim": victim}
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM at any moment: the launcher ends in time and leaves nobody; then go on."""
+        run = self.run
+        assert run.launcher is not None
+        run.kill(run.launcher.pid, signal.SIGTERM)
+        code = run.wait_end(self.grace_s() + 5.0)
+        left = run.wait_gone(1.0)
+        if left:
+            raise DrillError(f"orphans of an interrupted launcher: {left}")
+        if code not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
+            raise DrillError(f"interrupted with SIGTERM, ended with code {code}; {run.tail()}")
+        if code != 0:
+            run.launch()
 
 
 FAULTS: dict[str, type[Fault]] = {

@@ -12,12 +12,8 @@ pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(400)]
 
 def test_one_kill_of_each_role_and_of_everything(toured: dict[str, Any]) -> None:
     assert toured["problems"] == []
-    assert [fault["victim"] for fault in toured["faults"]] == [
-        "actor",
-        "coordinator",
-        "learner",
-        "everything",
-    ]
+    victims = [fault["victim"].partition("-")[0] for fault in toured["faults"]]
+    assert victims == ["actor", "coordinator", "learner", "everything"]
     assert toured["counts"]["takeovers"] > 0
     assert toured["counts"]["lineages"] >= 3  # the first, after the learner's death, after the resume
     assert toured["counts"]["acked"] > 0

@@ -222,5 +222,6 @@ SPEC = EnvironmentSpec(
     pack_seed_for=pack_seed_for,
     policies={"random": random_policy, "oracle": oracle_policy, "forgetful": forgetful_policy},
     truth_hint=truth_hint,
+    has_held_out_worlds=lambda options: bool(options["held_out_frac"]),
     bootstrap_module="cod_async.envs.hidden_buttons.documents",
 )

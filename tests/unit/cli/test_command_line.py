@@ -182,15 +182,15 @@ def test_wrong_input_is_named(capsys: pytest.CaptureFixture[str], arguments: lis
             ["pack size is 0", "position is -1", "no preset 'gate'"],
         ),
         (
-            "env play hidden_buttons --policy x --packs 0 --seed -1 --preset y".split(),
-            ["no policy 'x'", "number of packs is 0", "seed is -1", "no preset 'y'"],
+            ["env", "play", "hidden_buttons", "--policy", "x", "--packs", "0", "--seed", "-1"],
+            ["no policy 'x'", "number of packs is 0", "seed is -1"],
         ),
         (
             ["eval", "/nowhere", "--split", "x", "--packs", "0", "--environment", "y"],
             ["/nowhere: no such folder", "--split x", "--packs 0", "no environment 'y'"],
         ),
         (
-            'eval /nowhere --environment hidden_buttons --preset a"b --config /no.toml'.split(),
+            ["eval", "/nowhere", "--environment", "hidden_buttons", "--config", "/no.toml"],
             ["/nowhere: no such folder", "/no.toml: cannot be read"],
         ),
         (

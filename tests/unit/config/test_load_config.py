@@ -86,7 +86,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         "learner.num_threads: expected a whole number, found 1.5": "without a fraction",
         "store.retention: unknown choice, found 3": '"until_checkpoint"',
         "engine.urls: expected a list": "[ ]",
-        "environments.0.name: missing": "[environments.0]",
+        "environments.0.name: missing": "[[environments]]",
         "environments.0.weight: expected a number, found true": "write a number",
         "environments.0.options.day: values of type date": "quote it",
         f"{tmp_path / 'missing.toml'}: cannot be read": "existing configuration file",

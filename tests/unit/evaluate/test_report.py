@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cod_async.algo.statistics import mean_and_sem
 from cod_async.errors import InputError
-from cod_async.evaluate.report import Report, Row, gap, mean_and_sem, pack_means, report_to_json, suite
+from cod_async.evaluate.report import Report, Row, gap, pack_means, report_to_json, suite
 from cod_async.evaluate.request import donors, sampling_seed
 
 REWARDS = st.lists(st.floats(-1, 1), min_size=2, max_size=40)

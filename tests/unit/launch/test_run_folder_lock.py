@@ -116,7 +116,7 @@ def test_export_refuses_by_name(tmp_path: Path) -> None:
         export_model(tmp_path, tmp_path / "out", 7)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(InputError, match="not a model directory"):
+    with pytest.raises(InputError, match="not an earlier export"):
         export_model(tmp_path, tmp_path / "mine")
     with pytest.raises(InputError, match="no trained weights"):
         export_model(tmp_path / "mine", tmp_path / "out")
@@ -132,3 +132,17 @@ def test_signals_are_noted_or_raised() -> None:
     with Interrupts() as interrupts, pytest.raises(InterruptedRunError), interrupts.raising():
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the signal must have raised")
+
+
+def test_export_never_replaces_a_run_folder(tmp_path: Path) -> None:
+    """A run folder holds a config.json and weights too, and far more than an export."""
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "weights" / "L0000-S00000003").mkdir(parents=True)
+    (run / "weights" / "L0000-S00000003" / "model.safetensors").write_bytes(b"w")
+    (run / "config.json").write_text("{}")
+    (run / "model.safetensors").write_bytes(b"w")
+    with pytest.raises(InputError, match="not an earlier export"):
+        export_model(run, run)
+    assert (run / "config.json").is_file()
+    assert (run / "weights" / "L0000-S00000003" / "model.safetensors").is_file()
