@@ -141,7 +141,8 @@ def test_killed_again_and_again(run: tuple[Coordinator, Config]) -> None:
 
     heard, num_trained = drive(coordinator.run_dir, config, harm)
     assert coordinator.process.wait(30) == 0
-    assert [message for message in heard if isinstance(message, Stop)] == [Stop(reason="done")]
+    # Said again at every heartbeat, because any word may be lost.
+    assert {message.reason for message in heard if isinstance(message, Stop)} == {"done"}
     assert kills >= 3
     answer, problems = ledger_with_problems(coordinator.run_dir)
     assert answer["balanced"], problems
