@@ -3,7 +3,7 @@
     python -m tests.faults.drill --role all --kills 20 --seed 1 --report faults.json
 
 Moments are drawn from the seed: exponential gaps after the last victim works again; every fourth time no
-waiting at all, so that recovery is hit as well; every third time the drill aims (a commit, a half-written
+waiting at all, so that recovery is hit as well; every second time it aims (a commit, a half-written
 checkpoint, a half-written publication). One run takes several faults; every run is checked when it is over.
 """
 

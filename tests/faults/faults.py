@@ -17,11 +17,11 @@ from .runner import START_S, DrilledRun, DrillError, Mark, wait_for
 MEAN_GAP_S = 0.8
 MAX_GAP_S = 5.0
 RECOVERY_SHARE = 0.25
-AIM_SHARE = 0.34
+AIM_SHARE = 0.5
 AIM_S = 3.0
 AIM_POLL_S = 0.001
-ORPHAN_S = 20.0
-"""Processes of a killed launcher end within the run's grace of ten seconds, and this is twice that."""
+ORPHAN_S = 30.0
+"""Processes of a killed launcher end within the run's grace of twenty seconds, and this is longer."""
 AIMS = {
     "actor": ("commit",),
     "coordinator": ("commit",),
@@ -125,7 +125,7 @@ class Fault:
     def grace_s(self) -> float:
         """Return the run's grace; that of the drill's configuration while there is no run folder yet."""
         path = self.run.run_dir / "config.json"
-        return float(json.loads(path.read_text())["run"]["grace_s"]) if path.is_file() else 10.0
+        return float(json.loads(path.read_text())["run"]["grace_s"]) if path.is_file() else 20.0
 
     def aim(self) -> str:
         """Now and then hold the blow until a certain moment comes; return its name, or nothing."""
