@@ -320,6 +320,7 @@ class _Launch:
             processes=processes,
             seconds=self._state["seconds"],
             versions=read_versions(run_dir),
+            num_policy_versions=(_ask_store(run_dir, "SELECT COUNT(*) FROM versions") or (0,))[0],
         )
         path = write_summary(run_dir, summary)
         self._progress.__exit__(None, None, None)

@@ -168,6 +168,7 @@ def build_summary(
     processes: Sequence[Mapping[str, Any]],
     seconds: Mapping[str, float],
     versions: Mapping[str, Any],
+    num_policy_versions: int,
 ) -> dict[str, Any]:
     """Assemble the summary.
 
@@ -181,6 +182,7 @@ def build_summary(
         seconds: wall seconds by phase (bootstrap, evaluation_before, training, evaluation_after), over all
             launches.
         versions: libraries and commit.
+        num_policy_versions: versions published over all lineages, the starting weights included.
     """
     by_curve = curves(evaluations, config)
     steps = history.steps
@@ -194,7 +196,7 @@ def build_summary(
         "gap": gaps(by_curve),
         "labels": labels_for(config),
         "lag": lag_statistics(steps),
-        "policy_versions": len(steps) // config.weights.publish_every_steps + 1,
+        "policy_versions": num_policy_versions,
         "well_formed_hint_frac": _well_formed(evaluations),
         "ledger": ledger,
         "processes": list(processes),

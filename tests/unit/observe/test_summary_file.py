@@ -33,6 +33,7 @@ def summary(run_dir: Path, config: Config) -> dict[str, Any]:
         processes=[{"role": "learner", "name": "learner", "pid": 1, "restarts": 0}],
         seconds={"bootstrap": 30.0, "training": 90.0, "evaluation_before": 5.0},
         versions={"python": "3.11"},
+        num_policy_versions=61,
     )
 
 
@@ -40,7 +41,7 @@ def test_summary_answers_what_the_documents_promise(summary: dict[str, Any]) -> 
     assert summary["status"] == "finished"
     assert summary["wall_s"] == 125.0
     assert summary["num_steps"] == 60
-    assert summary["policy_versions"] == 61  # the starting weights are published too
+    assert summary["policy_versions"] == 61
     assert summary["lag"] == {"mean": 1.5, "max": 2.0}
     assert summary["processes"][0]["role"] == "learner"
     assert len(summary["config_digest"]) == 64
@@ -60,7 +61,7 @@ def test_bars_of_the_quickstart(summary: dict[str, Any]) -> None:
 def test_a_missed_or_unknown_bar_is_not_met(run_dir: Path, config: Config, summary: dict[str, Any]) -> None:
     poor = build_summary(
         status="interrupted", config=config, history=read_history(run_dir), evaluations={}, ledger=None,
-        processes=[], seconds={"training": 400.0}, versions={},
+        processes=[], seconds={"training": 400.0}, versions={}, num_policy_versions=1,
     )  # fmt: skip
     met = {bar["bar"]: bar["is_met"] for bar in poor["bars"]}
     assert met == {**dict.fromkeys(met, False), "mean lag, steps": True}
@@ -70,7 +71,7 @@ def test_other_environments_have_no_bars(run_dir: Path, tmp_path: Path) -> None:
     door = load_config([], ['environments=[{name="hidden_buttons", preset="door"}]'])
     found = build_summary(
         status="finished", config=door, history=read_history(run_dir), evaluations={}, ledger=None,
-        processes=[], seconds={}, versions={},
+        processes=[], seconds={}, versions={}, num_policy_versions=1,
     )  # fmt: skip
     assert "bars" not in found
     assert bar_table(found) is None
