@@ -58,6 +58,8 @@ class Session:
         role, name, pid, host, instance: who is at the other end (pid 0 until a known session says Hello
             again).
         client_id: routing id of its present connection, or None.
+        gone_client_id: routing id of a connection that can no longer be written to; what the client sent over
+            it before it left (its last words) may still be waiting to be read.
         heard_at: when anything was last heard (the owner's monotonic seconds).
         is_restored: known from before a restart, has not said Hello since.
         num_segments, num_duplicates: segments accepted, and repeated ones recognized.
@@ -73,6 +75,7 @@ class Session:
     host: str = ""
     instance: int = 0
     client_id: bytes | None = None
+    gone_client_id: bytes | None = None
     is_restored: bool = False
     is_used: bool = False
     num_segments: int = 0
@@ -184,7 +187,7 @@ class ServerSessions:
             code, detail = self._why_dead(envelope.session)
             self.refuse(client_id, code, detail, now, outcome, session=envelope.session)
             return outcome
-        if session.client_id != client_id:
+        if client_id != (session.client_id or session.gone_client_id):
             # The coordinator restarted, or a frame of an earlier connection came late. Only a Hello binds a
             # connection.
             detail = f"session {session.session} has not said Hello on this connection"
@@ -290,7 +293,7 @@ class ServerSessions:
         """The connection is gone; its session waits for the client to come back, or expires."""
         session = self._by_route.pop(client_id, None)
         if session is not None and session.client_id == client_id:
-            session.client_id = None
+            session.client_id, session.gone_client_id = None, client_id
 
     # ----------------------------------------------------------------------------------------------- greeting
 
@@ -444,7 +447,7 @@ class ServerSessions:
         other = self._by_route.pop(client_id, None)
         if other is not None and other is not session:
             other.client_id = None
-        session.client_id = client_id
+        session.client_id, session.gone_client_id = client_id, None
         self._by_route[client_id] = session
 
     def _close(self, session: Session, reason: CloseReason, by: int = 0) -> Closed:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .drill import Drill
+from .drill import TOUR_STEPS, Drill
 
 
 @pytest.fixture(scope="session")
@@ -32,4 +32,4 @@ def hit(drill_folder: Path) -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def toured(hit: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """Return the report of one run that lost an actor, the coordinator, the learner, and everything."""
-    return hit("tour", 4, 50)
+    return hit("tour", 4, TOUR_STEPS)

@@ -33,6 +33,10 @@ END_S = 240.0
 ORPHAN_S = 10.0
 
 
+TOUR_STEPS = 60
+"""Steps of the run that the tests hit once in every way; enough for four faults also on a busy machine."""
+
+
 class Drill:
     """Faults of one role.
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from .drill import TOUR_STEPS
+
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
@@ -15,7 +17,9 @@ def test_one_kill_of_each_role_and_of_everything(toured: dict[str, Any]) -> None
     victims = [fault["victim"].partition("-")[0] for fault in toured["faults"]]
     assert victims == ["actor", "coordinator", "learner", "everything"]
     assert toured["counts"]["takeovers"] > 0
-    assert toured["counts"]["lineages"] >= 3  # the first, after the learner's death, after the resume
+    # One more after the learner's death, and one after the resume, unless all steps were done by then.
+    is_unfinished = toured["faults"][-1]["step"] < TOUR_STEPS
+    assert toured["counts"]["lineages"] >= 2 + is_unfinished
     assert toured["counts"]["acked"] > 0
 
 

@@ -192,8 +192,24 @@ def test_frames_need_a_hello_on_their_connection() -> None:
     assert code(server.data(1, session=3)) == "session_expired"
     server.hello()
     assert code(server.data(1, route=b"elsewhere")) == "hello_first"
+
+
+def test_last_words_count_although_the_speaker_has_left() -> None:
+    """A client that said Bye closes at once; the Pong that finds it gone may be sent before Bye is read."""
+    server = Server()
+    server.hello()
     server.sessions.lost_route(b"r")
     assert server.sessions.live[1].client_id is None
+    assert code(server.data(1, route=b"elsewhere")) == "hello_first"
+    outcome = server.sessions.receive(b"r", envelope(1), Bye(counters={"x": 1.0}), 10, 1.0)
+    assert [type(event) for event in outcome.events] == [Received, Closed]
+
+
+def test_a_new_connection_ends_what_the_old_one_may_say() -> None:
+    server = Server()
+    server.hello()
+    server.sessions.lost_route(b"r")
+    server.hello(route=b"again", session=1)
     assert code(server.data(1)) == "hello_first"
 
 
