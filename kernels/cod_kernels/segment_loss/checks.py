@@ -10,7 +10,7 @@ from cod_kernels.segment_loss.reference import (
     BEHAVIOR_WEIGHTS,
     CLIPS,
     KL_ESTIMATORS,
-    RATIO_CLIPS,
+    WEIGHTED_CLIPS,
     LossOptions,
 )
 
@@ -99,7 +99,7 @@ def check_options(options: LossOptions, *, has_proximal: bool) -> None:
         value = getattr(options, name)
         require(value in allowed, f"{_OP}: {name} is {value!r}; it must be one of {', '.join(allowed)}")
     require(
-        has_proximal or options.clip not in RATIO_CLIPS or options.behavior_weight == "none",
+        has_proximal or options.clip not in WEIGHTED_CLIPS or options.behavior_weight == "none",
         f"{_OP}: behavior_weight {options.behavior_weight!r} with clip {options.clip!r} would count the ratio "
         "twice; pass proximal_logprobs, use clip 'one_side' or 'none', or behavior_weight 'none'",
     )

@@ -44,8 +44,10 @@ NUM_ADDITIVE = len(METRIC_NAMES) - 3
 CLIPS = ("one_side", "ppo", "none", "cispo", "dppo_tv", "m2po")
 BEHAVIOR_WEIGHTS = ("none", "truncated", "masked")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-RATIO_CLIPS = ("ppo", "cispo", "dppo_tv", "m2po")
-"""Clips whose objective holds the ratio already."""
+RATIO_CLIPS = ("ppo", "dppo_tv", "m2po")
+"""Clips whose objective is a multiple of the ratio."""
+WEIGHTED_CLIPS = (*RATIO_CLIPS, "cispo")
+"""Clips that weigh tokens by the ratio already."""
 
 
 @dataclass(frozen=True)
