@@ -6,7 +6,7 @@ synchronisation, and every sum has one fixed order, so equal inputs give equal b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,12 +54,12 @@ WEIGHTED_CLIPS = (*RATIO_CLIPS, "cispo")
 class LossOptions:
     """The switches of the loss; see :func:`cod_kernels.segment_loss.op.segment_loss`."""
 
-    clip: str
-    eps_low: float
-    eps_high: float
-    behavior_weight: str
-    weight_cap: float
-    kl_coef: float
+    clip: str = "one_side"
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    behavior_weight: str = "none"
+    weight_cap: float = 2.0
+    kl_coef: float = 0.0
     dual_clip: float | None = None
     weight_floor: float = 0.0
     tv_bound: float = 0.2
@@ -93,6 +93,15 @@ class LossInputs:
     reference: Tensor | None = None
     entropy: Tensor | None = None
     m2po_bound: Tensor | None = None
+
+
+    def rows(self, rows: slice, current: Tensor) -> LossInputs:
+        """Return the inputs of some tokens, with ``current`` for their log-probs."""
+        cut = {
+            name: None if (value := getattr(self, name)) is None else value[rows]
+            for name in ("behavior", "segment_ids", "proximal", "reference", "entropy")
+        }
+        return replace(self, current=current, **cut)
 
 
 def segment_loss_reference(inputs: LossInputs, options: LossOptions) -> Tensor:
