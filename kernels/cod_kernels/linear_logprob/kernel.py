@@ -25,18 +25,23 @@ _LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def _scaled_logits(
-    logits, column, mask, bias_ptr, softcap, inverse, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-):
-    """Return (logits with bias, soft-cap and temperature; slope of the soft-cap), -inf beyond the end."""
-    z = tl.load(logits + column, mask, float("-inf")).to(tl.float32)
+    logits, column, stride, vocab_size, bias_ptr, softcap, inverse,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Return (logits with bias, soft-cap and temperature; slope of the soft-cap), -inf beyond the end.
+
+    The load is bounded by the row's stride, a multiple of 64 whatever the vocabulary, so that it is wide.
+    """
+    mask = column < vocab_size
+    z = tl.load(logits + column, column < stride, 0.0)
     if HAS_BIAS:
         z += tl.load(bias_ptr + column, mask, 0.0).to(tl.float32)
     slope = tl.full(z.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
         capped = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
         slope = 1.0 - capped * capped
-        z = tl.where(mask, softcap * capped, float("-inf"))
-    return z * inverse, slope
+        z = softcap * capped
+    return tl.where(mask, z * inverse, float("-inf")), slope
 
 
 @triton.jit
@@ -57,8 +62,9 @@ def stats_kernel(
     spread = tl.zeros([BLOCK], tl.float32)  # sum of exp(z - highest) (z - highest)
     for start in range(0, vocab_size, BLOCK):
         column = start + lane
-        mask = column < vocab_size
-        z, _ = _scaled_logits(logits, column, mask, bias_ptr, softcap, inverse, HAS_BIAS, HAS_SOFTCAP)
+        z, _ = _scaled_logits(
+            logits, column, stride, vocab_size, bias_ptr, softcap, inverse, HAS_BIAS, HAS_SOFTCAP
+        )
         above = tl.maximum(highest, z)
         shrink = tl.exp(highest - above)
         part = tl.exp(z - above)
@@ -74,7 +80,7 @@ def stats_kernel(
     target = tl.load(target_ptr + row).to(tl.int64) - vocab_start
     is_owner = (target >= 0) & (target < vocab_size)
     column = tl.where(is_owner, target, 0) + tl.arange(0, 1)
-    z, _ = _scaled_logits(logits, column, column >= 0, bias_ptr, softcap, inverse, HAS_BIAS, HAS_SOFTCAP)
+    z, _ = _scaled_logits(logits, column, stride, vocab_size, bias_ptr, softcap, inverse, HAS_BIAS, HAS_SOFTCAP)
     logprob = (tl.max(z, 0) - top) - log_whole
     # A NaN logit is lost in the maxima; the sum keeps it.
     tl.store(logprob_ptr + row, tl.where(is_owner, logprob, float("nan")))
@@ -105,8 +111,9 @@ def gradient_kernel(
         entropy = tl.load(entropy_ptr + row)
     for start in range(0, vocab_size, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        mask = column < vocab_size
-        z, slope = _scaled_logits(logits, column, mask, bias_ptr, softcap, inverse, HAS_BIAS, HAS_SOFTCAP)
+        z, slope = _scaled_logits(
+            logits, column, stride, vocab_size, bias_ptr, softcap, inverse, HAS_BIAS, HAS_SOFTCAP
+        )
         p = tl.exp(z - lse)
         if HAS_H:
             d = -p * (g + h * tl.where(p > 0, z - lse + entropy, 0.0))
@@ -116,7 +123,7 @@ def gradient_kernel(
         if HAS_SOFTCAP:
             d = d * slope
         tl.debug_barrier()  # every warp has read this block before any writes over it
-        tl.store(out + column, d.to(out_ptr.dtype.element_ty), mask)
+        tl.store(out + column, d.to(out_ptr.dtype.element_ty), column < stride)
 
 
 def chunk_rows_on_device(vocab_size):

@@ -25,7 +25,7 @@ BLOCK = 1024
 NUM_WARPS = 4
 COLUMNS = 32  # of the partials: the metrics, then the loss, then padding
 NUM_METRICS = len(METRIC_NAMES)
-FINISH_ROWS = 32
+FINISH_ROWS = 16
 
 _ONE_SIDE, _PPO, _NONE, _CISPO, _DPPO_TV, _M2PO = (tl.constexpr(i) for i in range(len(CLIPS)))
 _LIMIT = tl.constexpr(MAX_LOG_RATIO)
