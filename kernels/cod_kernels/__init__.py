@@ -1,9 +1,9 @@
 """The learner's two central operations: log-probs of chosen tokens from hidden states, and the segment loss
 on them.
 
-Each op has a folder: ``reference.py`` is readable torch and the definition, ``kernel.py`` the Triton kernels,
-``op.py`` the autograd function and its dispatch, ``README.md`` the formulas, costs and tolerances. The package
-depends on torch alone, and on Triton where it runs on CUDA.
+Each op has a folder: ``reference.py`` is readable torch and the definition, ``kernel.py`` the Triton
+kernels, ``op.py`` the autograd function and its dispatch, ``README.md`` the formulas, costs and tolerances.
+The package depends on torch alone, and on Triton where it runs on CUDA.
 """
 
 from __future__ import annotations

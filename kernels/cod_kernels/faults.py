@@ -13,8 +13,8 @@ from cod_kernels.dispatch import KernelInputError
 
 FAULTS = (
     "linear_logprob: targets[{}] is outside the vocabulary",
-    "linear_logprob: the log-prob of row {} is not finite; hidden, weight or bias hold NaN or infinity there, "
-    "or temperature is not positive",
+    "linear_logprob: the log-prob of row {} is not finite; hidden, weight or bias hold NaN or infinity "
+    "there, or temperature is not positive",
 )
 """Messages; the place in the tuple is the fault's code."""
 

@@ -1,7 +1,7 @@
 """Compiles every kernel in every shipped configuration for Hopper and Blackwell, and prints what came out.
 
-Needs neither a GPU nor a CUDA toolkit: the Triton wheel carries the assembler. Runs as its own process without
-TRITON_INTERPRET, because Triton decides at import whether kernels are compiled.
+Needs neither a GPU nor a CUDA toolkit: the Triton wheel carries the assembler. Runs as its own process
+without TRITON_INTERPRET, because Triton decides at import whether kernels are compiled.
 """
 
 from __future__ import annotations
@@ -39,20 +39,43 @@ class Case:
 
 
 def loss_cases() -> list[Case]:
-    types = {name: "*fp32" for name in ("cur_ptr", "beh_ptr", "adv_ptr", "neg_ptr", "weight_ptr", "prox_ptr")}
-    types |= {name: "*fp32" for name in ("ref_ptr", "ent_ptr", "bound_ptr", "grad_ptr")}
+    types = dict.fromkeys(("cur_ptr", "beh_ptr", "adv_ptr", "neg_ptr", "weight_ptr", "prox_ptr"), "*fp32")
+    types |= dict.fromkeys(("ref_ptr", "ent_ptr", "bound_ptr", "grad_ptr"), "*fp32")
     types |= {"ids_ptr": "*i64", "partial_ptr": "*fp64", "num_tokens": "i32", "num_segments": "i32"}
-    types |= {name: "fp32" for name in ("low", "high", "dual_cap", "floor", "cap", "tv", "kl_coef")}
-    plain = {"HAS_DUAL": False, "HAS_PARTS": False, "HAS_PROXIMAL": False, "HAS_ENTROPY": True, "WEIGHT": 0, "KL": 0}
-    full = {"HAS_DUAL": True, "HAS_PARTS": True, "HAS_PROXIMAL": True, "HAS_ENTROPY": True, "WEIGHT": 2, "KL": 3}
+    types |= dict.fromkeys(("low", "high", "dual_cap", "floor", "cap", "tv", "kl_coef"), "fp32")
+    plain = {
+        "HAS_DUAL": False,
+        "HAS_PARTS": False,
+        "HAS_PROXIMAL": False,
+        "HAS_ENTROPY": True,
+        "WEIGHT": 0,
+        "KL": 0,
+    }
+    full = {
+        "HAS_DUAL": True,
+        "HAS_PARTS": True,
+        "HAS_PROXIMAL": True,
+        "HAS_ENTROPY": True,
+        "WEIGHT": 2,
+        "KL": 3,
+    }
     cases = []
-    for (index, clip), (label, switches) in itertools.product(enumerate(CLIPS), (("plain", plain), ("full", full))):
-        constants = {"CLIP": index, "RATIO_INSIDE": clip in loss.RATIO_CLIPS, "WIDTH": loss.COLUMNS, "BLOCK": loss.BLOCK}
+    for (index, clip), (label, switches) in itertools.product(
+        enumerate(CLIPS), (("plain", plain), ("full", full))
+    ):
+        constants = {
+            "CLIP": index,
+            "RATIO_INSIDE": clip in loss.RATIO_CLIPS,
+            "WIDTH": loss.COLUMNS,
+            "BLOCK": loss.BLOCK,
+        }
         name = f"segment_loss.{clip}.{label}"
         cases.append(Case(name, loss.segment_loss_kernel, types, switches | constants, loss.NUM_WARPS))
     finish = {"partial_ptr": "*fp64", "metric_ptr": "*fp64", "loss_ptr": "*fp32", "num_blocks": "i32"}
     constants = {"WIDTH": loss.COLUMNS, "ADDITIVE": loss.NUM_ADDITIVE, "METRICS": loss.NUM_METRICS}
-    cases.append(Case("segment_loss.finish", loss.finish_kernel, finish, constants | {"ROWS": loss.FINISH_ROWS}, 4))
+    cases.append(
+        Case("segment_loss.finish", loss.finish_kernel, finish, constants | {"ROWS": loss.FINISH_ROWS}, 4)
+    )
     return cases
 
 
@@ -77,7 +100,11 @@ def logprob_cases() -> list[Case]:
     flags = itertools.product(("fp32", "bf16", "fp16"), ((0, 0, 0, 0), (0, 0, 1, 0), (1, 1, 1, 1)))
     for dtype, (has_bias, has_softcap, has_entropy, by_row) in flags:
         label = f"{dtype}.{has_bias}{has_softcap}{has_entropy}{by_row}"
-        common = {"HAS_BIAS": bool(has_bias), "HAS_SOFTCAP": bool(has_softcap), "ROW_TEMPERATURE": bool(by_row)}
+        common = {
+            "HAS_BIAS": bool(has_bias),
+            "HAS_SOFTCAP": bool(has_softcap),
+            "ROW_TEMPERATURE": bool(by_row),
+        }
         common |= {"BLOCK": logprob.BLOCK}
         types = {"logits_ptr": "*fp32", "stride": "i32", "target_ptr": "*i64", "bias_ptr": f"*{dtype}"}
         types |= {"inverse_ptr": "*fp32", "lse_ptr": "*fp32", "entropy_ptr": "*fp32", "vocab_size": "i32"}
@@ -105,7 +132,11 @@ def compile_case(case: Case, arch: int, folder: Path) -> dict[str, Any]:
     names = case.kernel.arg_names
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     signature = {name: case.types.get(name, "constexpr") for name in names}
-    aligned = [i for i, name in enumerate(names) if case.types.get(name, "").startswith("*") or name.endswith("stride")]
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if case.types.get(name, "").startswith("*") or name.endswith("stride")
+    ]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}

@@ -48,7 +48,11 @@ def loss_modes() -> Result:
             found = []
             for backend in ("torch", "triton"):
                 leaf = given["current_logprobs"].clone().requires_grad_()
-                call = given | options | {"current_logprobs": leaf, "entropy": torch.ones(COUNT), "backend": backend}
+                call = (
+                    given
+                    | options
+                    | {"current_logprobs": leaf, "entropy": torch.ones(COUNT), "backend": backend}
+                )
                 loss, metrics = segment_loss(**call)
                 loss.backward()
                 found.append((loss.detach(), leaf.grad, metrics))
@@ -97,10 +101,13 @@ def logprob(dtype: torch.dtype, *, is_full: bool, vocab: int = 5003) -> Result:
 
     def run(is_wide: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         leaves = [
-            None if t is None else (t.double() if is_wide else t.clone()).requires_grad_() for t in (hidden, weight, bias)
+            None if t is None else (t.double() if is_wide else t.clone()).requires_grad_()
+            for t in (hidden, weight, bias)
         ]
         if is_wide:
-            values = linear_logprob_reference(leaves[0], leaves[1], targets, temperature.double(), leaves[2], softcap)  # type: ignore[arg-type]
+            values = linear_logprob_reference(
+                leaves[0], leaves[1], targets, temperature.double(), leaves[2], softcap
+            )  # type: ignore[arg-type]
         else:
             values = linear_logprob(  # type: ignore[assignment]
                 leaves[0], leaves[1], targets, temperature=temperature if is_full else 0.8, bias=leaves[2],
@@ -111,7 +118,10 @@ def logprob(dtype: torch.dtype, *, is_full: bool, vocab: int = 5003) -> Result:
 
     ours, truth = run(False), run(True)
     names = ("hidden", "weight", "bias")
-    result = {name: float((a - b).abs().max()) for name, a, b in zip(("logprob", "entropy"), ours[0], truth[0], strict=True)}
+    result = {
+        name: float((a - b).abs().max())
+        for name, a, b in zip(("logprob", "entropy"), ours[0], truth[0], strict=True)
+    }
     return result | {f"d_{n}": apart(a, b) for n, a, b in zip(names, ours[1], truth[1], strict=False)}
 
 
@@ -119,7 +129,10 @@ def fused() -> Result:
     """The loss inside the chunk: Triton against the twin, and against itself."""
     generator = torch.Generator().manual_seed(2)
     rows, vocab, width = 48, 1009, 32
-    base = [torch.randn(rows, width, generator=generator), torch.randn(vocab, width, generator=generator) * 0.3]
+    base = [
+        torch.randn(rows, width, generator=generator),
+        torch.randn(vocab, width, generator=generator) * 0.3,
+    ]
     targets = torch.randint(vocab, (rows,), generator=generator)
     with torch.no_grad():
         behavior = linear_logprob(*base, targets) + torch.randn(rows, generator=generator) * 0.2

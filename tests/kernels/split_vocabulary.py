@@ -41,7 +41,11 @@ def main(rank: int, store: str) -> None:
         for name, leaf, right in zip(("hidden", "weight", "bias"), own, rights, strict=True):
             found[f"d_{name}_{softcap}"] = float((leaf.grad - right).norm() / right.norm())  # type: ignore[operator, union-attr]
     behavior = truth[0].detach().float() + 0.1 * g
-    ids, advantages, weights = torch.arange(ROWS) // 10, torch.randn(5, generator=generator), torch.full((5,), 1 / ROWS)
+    ids, advantages, weights = (
+        torch.arange(ROWS) // 10,
+        torch.randn(5, generator=generator),
+        torch.full((5,), 1 / ROWS),
+    )
     full = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     loss, *_ = linear_segment_loss(*full, targets, behavior.double(), ids, advantages, weights)
     loss.backward()

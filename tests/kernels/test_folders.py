@@ -20,7 +20,9 @@ def test_op_folder_is_complete(folder: Path) -> None:
     assert (ROOT / "tests" / "kernels" / f"test_{folder.name}.py").is_file()
     assert (ROOT / "bench" / "kernels" / f"{folder.name}.py").is_file()
     for script in ("interpreter_cases.py", "aot_compile.py"):
-        assert f"{folder.name}" in (ROOT / "tests" / "kernels" / script).read_text(), f"{script} lacks {folder.name}"
+        assert f"{folder.name}" in (ROOT / "tests" / "kernels" / script).read_text(), (
+            f"{script} lacks {folder.name}"
+        )
 
 
 def test_every_folder_with_a_kernel_is_an_op() -> None:

@@ -16,7 +16,8 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed; its interpreter runs the kernels"
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed; its interpreter runs the kernels",
 )
 
 BOUNDS: dict[str, dict[str, float]] = {
@@ -24,10 +25,22 @@ BOUNDS: dict[str, dict[str, float]] = {
     "loss_finish": {"loss": 1e-6, "metrics": 1e-6, "repeats": 0},
     "reduce": {"any_order": 1e-14, "sorted": 1e-14},
     "logprob_fp32": {"logprob": 1e-5, "entropy": 1e-5, "d_hidden": 1e-5, "d_weight": 1e-5},
-    "logprob_fp32_full": {"logprob": 1e-5, "entropy": 1e-5, "d_hidden": 1e-5, "d_weight": 1e-5, "d_bias": 1e-5},
+    "logprob_fp32_full": {
+        "logprob": 1e-5,
+        "entropy": 1e-5,
+        "d_hidden": 1e-5,
+        "d_weight": 1e-5,
+        "d_bias": 1e-5,
+    },
     # The interpreter truncates where hardware rounds: twice the bound of 3e-3.
     "logprob_bf16": {"logprob": 1e-5, "entropy": 1e-5, "d_hidden": 6e-3, "d_weight": 6e-3},
-    "logprob_bf16_full": {"logprob": 1e-5, "entropy": 1e-5, "d_hidden": 6e-3, "d_weight": 6e-3, "d_bias": 6e-3},
+    "logprob_bf16_full": {
+        "logprob": 1e-5,
+        "entropy": 1e-5,
+        "d_hidden": 6e-3,
+        "d_weight": 6e-3,
+        "d_bias": 6e-3,
+    },
     "fused": {"loss": 1e-6, "metrics": 1e-5, "d_hidden": 1e-5, "d_weight": 1e-5, "repeats": 0},
     "bad_values": {"rows": 0, "value": 1e-6},
 }

@@ -44,13 +44,15 @@ def _data(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     }
 
 
-def _apart(data: dict[str, Any], options: dict[str, Any], softcap: float | None, scale: float) -> list[torch.Tensor]:
+def _apart(
+    data: dict[str, Any], options: dict[str, Any], softcap: float | None, scale: float
+) -> list[torch.Tensor]:
     """The two ops in fp64 through autograd."""
     wide = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
     leaves = [wide[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")]
     current, entropy = linear_logprob(
-        leaves[0], leaves[1], wide["targets"], temperature=wide["temperature"], bias=leaves[2], softcap=softcap,
-        return_entropy=True,
+        leaves[0], leaves[1], wide["targets"], temperature=wide["temperature"], bias=leaves[2],
+        softcap=softcap, return_entropy=True,
     )  # fmt: skip
     tokens = {k: wide[k] for k in ("proximal_logprobs", "reference_logprobs")}
     loss, metrics = segment_loss(
@@ -138,7 +140,10 @@ def test_micro_batches_add_up() -> None:
     data = _data() | {"bias": None}
     whole, *_ = linear_segment_loss(**data)
     per_token = [k for k, v in data.items() if v is not None and v.shape[:1] == (ROWS,)]
-    parts = [linear_segment_loss(**(data | {k: data[k][cut] for k in per_token})) for cut in (slice(0, 31), slice(31, ROWS))]
+    parts = [
+        linear_segment_loss(**(data | {k: data[k][cut] for k in per_token}))
+        for cut in (slice(0, 31), slice(31, ROWS))
+    ]
     assert sum(float(p[0]) for p in parts) == pytest.approx(float(whole), rel=1e-5)
     assert summarize_metrics(merge_metrics([p[1] for p in parts]))["num_action_tokens"] == ROWS
 

@@ -116,7 +116,10 @@ def transcription(data: dict[str, np.ndarray], o: dict[str, Any]) -> tuple[float
 
 
 def tensors(data: dict[str, np.ndarray], dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    return {k: torch.from_numpy(v) if k == "segment_ids" else torch.from_numpy(v).to(dtype) for k, v in data.items()}
+    return {
+        k: torch.from_numpy(v) if k == "segment_ids" else torch.from_numpy(v).to(dtype)
+        for k, v in data.items()
+    }
 
 
 @pytest.mark.parametrize("is_split", [False, True], ids=["whole", "parts"])
@@ -128,9 +131,16 @@ def test_every_mode_against_numpy(clip: dict[str, Any], is_decoupled: bool, is_s
         del data["proximal_logprobs"]
     if is_split:
         rng = np.random.default_rng(1)
-        data["advantages"], data["negative_advantages"] = rng.exponential(1, SEGMENTS), -rng.exponential(1, SEGMENTS)
+        data["advantages"], data["negative_advantages"] = (
+            rng.exponential(1, SEGMENTS),
+            -rng.exponential(1, SEGMENTS),
+        )
     for weight, kl in itertools.product(WEIGHTS, KLS):
-        if not is_decoupled and weight["behavior_weight"] != "none" and clip["clip"] not in ("one_side", "none"):
+        if (
+            not is_decoupled
+            and weight["behavior_weight"] != "none"
+            and clip["clip"] not in ("one_side", "none")
+        ):
             continue
         options = clip | weight | kl
         expected, gradient = transcription(data, options)
@@ -184,7 +194,10 @@ def test_aggregations_are_weights() -> None:
         "token mean": (np.full(SEGMENTS, 1 / COUNT), token.mean()),
         "segment mean": (1 / (SEGMENTS * sizes), np.mean([x.mean() for x in per_segment])),
         "segment sum": (np.full(SEGMENTS, 1 / SEGMENTS), np.mean([x.sum() for x in per_segment])),
-        "fixed length": (np.full(SEGMENTS, 1 / (SEGMENTS * 64)), np.mean([x.sum() / 64 for x in per_segment])),
+        "fixed length": (
+            np.full(SEGMENTS, 1 / (SEGMENTS * 64)),
+            np.mean([x.sum() / 64 for x in per_segment]),
+        ),
     }
     for weights, expected in ways.values():
         loss, _ = segment_loss(**tensors(data | {"weights": weights}), clip="none")  # type: ignore[arg-type]

@@ -122,5 +122,7 @@ def check_result(problem: Problem, logprob: Tensor) -> None:
     index = first_index(is_bad)
     cause = "weight or bias hold NaN or infinity"
     if problem.group is not None:
-        cause += f", or targets[{index}] = {int(problem.targets[index])} is in no rank's part of the vocabulary"
+        cause += (
+            f", or targets[{index}] = {int(problem.targets[index])} is in no rank's part of the vocabulary"
+        )
     raise KernelInputError(f"{_OP}: the log-prob of row {index} is not finite; {cause}")

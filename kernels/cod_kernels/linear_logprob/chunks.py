@@ -145,8 +145,8 @@ def merge(stats: Stats, problem: Problem, rows: slice) -> Stats:
     """
     if problem.group is None:
         return stats
-    _, is_owner = problem.local_targets(rows)
-    assert is_owner is not None
+    local = problem.targets[rows] - problem.vocab_start
+    is_owner = (local >= 0) & (local < problem.weight.shape[0])
     entropy = torch.zeros_like(stats.lse) if stats.entropy is None else stats.entropy
     own = torch.where(is_owner, stats.logprob, 0.0)
     mine = torch.stack([stats.lse, own, is_owner.to(own.dtype), entropy])

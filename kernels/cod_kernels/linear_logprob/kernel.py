@@ -1,5 +1,5 @@
-"""Log-probs on CUDA: cuBLAS makes one chunk of float32 logits, one program per row turns them into statistics,
-another into gradients in the same memory.
+"""Log-probs on CUDA: cuBLAS makes one chunk of float32 logits, one program per row turns them into
+statistics, another into gradients in the same memory.
 
 The gradients overwrite the logits in the dtype of the head: element v lies at byte 2v or 4v of a row whose
 logits have been read beyond it already. cuBLAS then makes the gradients of hidden states and head from them,
@@ -8,9 +8,12 @@ the latter added up in float32 over all chunks. Nothing is read back and no sum 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from cod_kernels.dispatch import KernelInputError
 from cod_kernels.linear_logprob.chunks import Engine, Problem, Stats
@@ -80,7 +83,9 @@ def stats_kernel(
     target = tl.load(target_ptr + row).to(tl.int64) - vocab_start
     is_owner = (target >= 0) & (target < vocab_size)
     column = tl.where(is_owner, target, 0) + tl.arange(0, 1)
-    z, _ = _scaled_logits(logits, column, stride, vocab_size, bias_ptr, softcap, inverse, HAS_BIAS, HAS_SOFTCAP)
+    z, _ = _scaled_logits(
+        logits, column, stride, vocab_size, bias_ptr, softcap, inverse, HAS_BIAS, HAS_SOFTCAP
+    )
     logprob = (tl.max(z, 0) - top) - log_whole
     # A NaN logit is lost in the maxima; the sum keeps it.
     tl.store(logprob_ptr + row, tl.where(is_owner, logprob, float("nan")))
@@ -126,18 +131,18 @@ def gradient_kernel(
         tl.store(out + column, d.to(out_ptr.dtype.element_ty), column < stride)
 
 
-def chunk_rows_on_device(vocab_size):
+def chunk_rows_on_device(vocab_size: int) -> int:
     """Return how many rows of float32 logits fit into CHUNK_BYTES: a multiple of 128, at most 8192."""
     rows = CHUNK_BYTES // (4 * padded(vocab_size))
     return max(128, min(8192, rows // 128 * 128))
 
 
-def padded(vocab_size):
+def padded(vocab_size: int) -> int:
     """Return the stride of a row of logits, which keeps rows aligned for any vocabulary."""
     return triton.cdiv(vocab_size, ALIGNMENT) * ALIGNMENT
 
 
-def matmul_into(out, left, right, *, is_added=False):
+def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, is_added: bool = False) -> Tensor:
     """``out = left @ right`` or ``out += left @ right``, summed in float32, in the dtype of ``out``."""
     if left.dtype == out.dtype:
         return torch.addmm(out, left, right, out=out) if is_added else torch.mm(left, right, out=out)
@@ -152,7 +157,7 @@ def matmul_into(out, left, right, *, is_added=False):
 class TritonEngine(Engine):
     """One chunk of float32 logits, overwritten by its gradients."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         if problem.compute_dtype != torch.float32:
             raise KernelInputError(
@@ -168,11 +173,11 @@ class TritonEngine(Engine):
         self._inverse = 0.0 if self._by_row else inverse
 
     @property
-    def hidden_dtype(self):
+    def hidden_dtype(self) -> torch.dtype:
         """Parts of several ranks are added in float32."""
         return torch.float32 if self.problem.group is not None else self.problem.hidden.dtype
 
-    def _shared(self, rows):
+    def _shared(self, rows: slice) -> tuple[Any, ...]:
         problem = self.problem
         bias = problem.weight if problem.bias is None else problem.bias
         by_row = problem.inverse_temperature[rows].reshape(-1) if self._by_row else bias
@@ -186,7 +191,7 @@ class TritonEngine(Engine):
         numbers = (problem.weight.shape[0], problem.vocab_start, problem.softcap or 1.0, self._inverse)
         return problem.targets[rows].contiguous(), bias, by_row, numbers, switches
 
-    def forward(self, rows):
+    def forward(self, rows: slice) -> Stats:
         """One matrix product and one pass over the logits."""
         problem, size = self.problem, self.problem.weight.shape[0]
         count = rows.stop - rows.start
@@ -201,7 +206,9 @@ class TritonEngine(Engine):
         self.fresh_rows = rows
         return Stats(out[0], out[1], out[2] if problem.has_entropy else None)
 
-    def backward(self, rows, lse, entropy, g, h):
+    def backward(
+        self, rows: slice, lse: Tensor, entropy: Tensor | None, g: Tensor | None, h: Tensor | None
+    ) -> None:
         """One pass over the logits and two matrix products."""
         problem, size = self.problem, self.problem.weight.shape[0]
         count = rows.stop - rows.start

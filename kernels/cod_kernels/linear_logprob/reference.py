@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cod_kernels.linear_logprob.chunks import Engine, Problem, Stats
 
-CHUNK_ELEMENTS = 1 << 20
-"""Logits in one chunk (4 MB in float32): large enough for the matrix product, small enough for the cache."""
+CHUNK_ELEMENTS = 1 << 21
+"""Logits in one chunk (8 MB in float32): large enough for the matrix product, small enough for the cache."""
 
 MIN_CHUNK_ROWS = 128
 

@@ -100,8 +100,8 @@ def check_options(options: LossOptions, *, has_proximal: bool) -> None:
         require(value in allowed, f"{_OP}: {name} is {value!r}; it must be one of {', '.join(allowed)}")
     require(
         has_proximal or options.clip not in WEIGHTED_CLIPS or options.behavior_weight == "none",
-        f"{_OP}: behavior_weight {options.behavior_weight!r} with clip {options.clip!r} would count the ratio "
-        "twice; pass proximal_logprobs, use clip 'one_side' or 'none', or behavior_weight 'none'",
+        f"{_OP}: behavior_weight {options.behavior_weight!r} with clip {options.clip!r} would count the "
+        "ratio twice; pass proximal_logprobs, use clip 'one_side' or 'none', or behavior_weight 'none'",
     )
     for name in ("eps_low", "eps_high", "kl_coef", "weight_floor", "tv_bound"):
         value = getattr(options, name)
@@ -112,7 +112,8 @@ def check_options(options: LossOptions, *, has_proximal: bool) -> None:
     )
     if options.dual_clip is not None:
         require(
-            options.clip in ("ppo", "m2po"), f"{_OP}: dual_clip is for clip 'ppo' and 'm2po', not {options.clip!r}"
+            options.clip in ("ppo", "m2po"),
+            f"{_OP}: dual_clip is for clip 'ppo' and 'm2po', not {options.clip!r}",
         )
         require(options.dual_clip > 1, f"{_OP}: dual_clip must be above 1, is {options.dual_clip}")
 

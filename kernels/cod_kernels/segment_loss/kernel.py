@@ -1,4 +1,4 @@
-"""The segment loss on CUDA: loss, gradient and metrics in one launch, then one block that sums in fixed order.
+"""The segment loss on CUDA: loss, gradient and metrics in one launch; one block then sums in fixed order.
 
 Switches are compile-time constants, lengths and numbers are run-time values: a new length never recompiles.
 Sums are float64 and every partial has one writer, so equal inputs give equal bits. Nothing is read back.
@@ -6,9 +6,12 @@ Sums are float64 and every partial has one writer, so equal inputs give equal bi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from cod_kernels.dispatch import KernelInputError
 from cod_kernels.segment_loss.reference import (
@@ -19,6 +22,8 @@ from cod_kernels.segment_loss.reference import (
     METRIC_NAMES,
     NUM_ADDITIVE,
     RATIO_CLIPS,
+    LossInputs,
+    LossOptions,
 )
 
 BLOCK = 1024
@@ -218,7 +223,7 @@ def finish_kernel(
     tl.store(loss_ptr, loss.to(tl.float32))
 
 
-def launch(inputs, options):
+def launch(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Run both kernels; the same contract as ``reference.loss_gradient_and_metrics``, in float32."""
     current = inputs.current.contiguous()
     if current.dtype != torch.float32:
@@ -252,7 +257,7 @@ def launch(inputs, options):
     return loss, gradient, metrics
 
 
-def switches(inputs, options):
+def switches(inputs: LossInputs, options: LossOptions) -> dict[str, Any]:
     """Return the compile-time constants of a call."""
     return {
         "CLIP": CLIPS.index(options.clip),

@@ -155,15 +155,19 @@ def loss_inputs(
     m2po_bound: Tensor | float | None,
 ) -> LossInputs:
     """Collect checked arguments in the dtype of the current log-probs, without history."""
-    behavior = convert(tokens["behavior_logprobs"], current)
-    advantages, weights = convert(segments["advantages"], current), convert(segments["weights"], current)
-    assert behavior is not None and advantages is not None and weights is not None
+
+    def required(name: str, of: dict[str, Tensor | None]) -> Tensor:
+        tensor = convert(of[name], current)
+        if tensor is None:
+            raise KernelInputError(f"{_OP}: {name} is missing")
+        return tensor
+
     return LossInputs(
         current.detach(),
-        behavior,
+        required("behavior_logprobs", tokens),
         segment_ids if segment_ids.device.type == "cuda" else segment_ids.long(),
-        advantages,
-        weights,
+        required("advantages", segments),
+        required("weights", segments),
         convert(segments["negative_advantages"], current),
         convert(tokens["proximal_logprobs"], current),
         convert(tokens["reference_logprobs"], current),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 1024
 TOKENS_PER_SPLIT = 8192
@@ -53,13 +54,13 @@ def segment_reduce_kernel(
         tl.store(count_ptr + segment, (stop - start).to(tl.float64))
 
 
-def splits_for(num_tokens, num_segments):
+def splits_for(num_tokens: int, num_segments: int) -> int:
     """Return programs per segment: a power of two that depends on the two numbers alone."""
     wanted = triton.cdiv(num_tokens, num_segments * TOKENS_PER_SPLIT)
     return min(MAX_SPLITS, triton.next_power_of_2(wanted))
 
 
-def launch(values, segment_ids, num_segments, is_sorted):
+def launch(values: Tensor, segment_ids: Tensor, num_segments: int, is_sorted: bool) -> tuple[Tensor, Tensor]:
     """Same contract as ``reference.segment_sums``."""
     ids, order = segment_ids.contiguous(), segment_ids
     if not is_sorted:

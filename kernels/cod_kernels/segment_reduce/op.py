@@ -108,7 +108,9 @@ def _check_values(values: Tensor, segment_ids: Tensor, num_segments: int, is_sor
         )
     falls = segment_ids[1:] < segment_ids[:-1]
     if is_sorted and bool(falls.any()):
-        raise KernelInputError(f"{_OP}: segment_ids fall at index {first_index(falls) + 1}; pass is_sorted=False")
+        raise KernelInputError(
+            f"{_OP}: segment_ids fall at index {first_index(falls) + 1}; pass is_sorted=False"
+        )
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         index = first_index(bad)
