@@ -50,7 +50,7 @@ def _show_speed(rows: list[dict[str, Any]], missing: list[str]) -> None:
         ratios = row["times_faster_than"]
         for name, milliseconds in sorted(row["ms"].items(), key=lambda item: item[1]):
             print(
-                f"    {name:40} {milliseconds:10.2f} ms   in-chunk loss {_number(ratios.get(name))} times as fast"
+                f"    {name:40} {milliseconds:10.2f} ms   in-chunk loss {_number(ratios.get(name))} x as fast"
             )
         for name, reason in row["failed"].items():
             print(f"    {name:40}     failed: {reason}")

@@ -45,6 +45,8 @@ def raise_faults(device: torch.device) -> None:
     Raises:
         KernelInputError: names the argument and the first bad row of its call.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     notes = _notes.pop(device, None)
     if notes is None:
         return
