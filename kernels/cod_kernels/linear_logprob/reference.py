@@ -110,9 +110,8 @@ class TorchEngine(Engine):
         g = torch.zeros_like(lse) if g is None else g.to(lse.dtype)
         owned = g if is_owner is None else g * is_owner
         scale = None if problem.group is None else (self._lse - lse).exp()
-        if h is None and problem.softcap is None and self.d_bias is None:
-            factor = (g if scale is None else g * scale)[:, None] * inverse
-            self._add_by_rows(rows, index.squeeze(1), factor, owned[:, None] * inverse)
+        if h is None and problem.softcap is None and self.d_bias is None and scale is None:
+            self._add_by_rows(rows, index, is_owner, g[:, None] * inverse)
             return
         self.fresh_rows = None
         count = rows.stop - rows.start
@@ -136,17 +135,16 @@ class TorchEngine(Engine):
         if self.d_bias is not None:
             self.d_bias += dz.sum(0)
 
-    def _add_by_rows(self, rows: slice, targets: Tensor, factor: Tensor, owned: Tensor) -> None:
+    def _add_by_rows(self, rows: slice, index: Tensor, is_owner: Tensor | None, factor: Tensor) -> None:
         """Add gradients with the coefficients applied to [C, H] tensors; the buffers stay as they are."""
         p = self._p[: rows.stop - rows.start]
+        kept = p.gather(1, index)
+        p.scatter_(1, index, kept - (1.0 if is_owner is None else is_owner[:, None].to(p.dtype)))
         if self.d_hidden is not None:
-            part = self.d_hidden[rows]
-            torch.mm(p, self._weight, out=part)
-            part.mul_(-factor).addcmul_(self._weight[targets], owned)
+            torch.mm(p, self._weight, out=self.d_hidden[rows]).mul_(-factor)
         if self.d_weight is not None:
-            hidden = self.problem.hidden[rows].to(p.dtype)
-            self.d_weight.addmm_(p.t(), hidden * factor, alpha=-1)
-            self.d_weight.index_add_(0, targets, hidden * owned)
+            self.d_weight.addmm_(p.t(), self.problem.hidden[rows].to(p.dtype) * factor, alpha=-1)
+        p.scatter_(1, index, kept)
 
 
 def _target_logprob(z: Tensor, p: Tensor, target_logit: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
