@@ -168,6 +168,38 @@ def bad_values() -> Result:
     return {"rows": float(not right), "value": abs(float(logprob[3]) + float(np.log(11)))}
 
 
+def host_reads() -> Result:
+    """The whole walk with the loss in the chunk, as it runs on CUDA: nothing is read back."""
+    from host_reads import host_reads_of
+
+    from cod_kernels.linear_logprob.chunks import Problem
+    from cod_kernels.linear_logprob.fused import loss_walk
+    from cod_kernels.linear_logprob.kernel import TritonEngine
+    from cod_kernels.segment_loss.reference import LossInputs
+
+    rows, segments = 48, 5
+    problem = Problem(
+        torch.randn(rows, 8),
+        torch.randn(33, 8),
+        torch.arange(rows) % 33,
+        None,
+        1.0,
+        None,
+        True,
+        32,
+        torch.float32,
+    )
+    engine = TritonEngine(problem)
+    engine.want((True, True, False))
+    tokens = torch.zeros(rows)
+    inputs = LossInputs(
+        tokens, tokens, torch.arange(rows) % segments, torch.randn(segments), torch.ones(segments)
+    )
+    found = host_reads_of(lambda: loss_walk(engine, inputs, LossOptions(), rows, "triton"))
+    # On the CPU alone, a chunk without any gradient is found out by reading: one read per chunk.
+    return {"reads_beyond_those_of_the_cpu": float(len(found) - 2)}
+
+
 def bf16_dot_is_wrong() -> Result:
     """The interpreter's known fault: kept in view, so that nobody trusts bf16 products in it."""
     import triton
@@ -194,6 +226,7 @@ CASES: dict[str, Any] = {
     "logprob_bf16_full": lambda: logprob(torch.bfloat16, is_full=True),
     "fused": fused,
     "bad_values": bad_values,
+    "host_reads": host_reads,
     "bf16_dot_is_wrong": bf16_dot_is_wrong,
 }
 

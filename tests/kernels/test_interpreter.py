@@ -42,6 +42,7 @@ BOUNDS: dict[str, dict[str, float]] = {
         "d_bias": 6e-3,
     },
     "fused": {"loss": 1e-6, "metrics": 1e-5, "d_hidden": 1e-5, "d_weight": 1e-5, "repeats": 0},
+    "host_reads": {"reads_beyond_those_of_the_cpu": 0},
     "bad_values": {"rows": 0, "value": 1e-6},
 }
 

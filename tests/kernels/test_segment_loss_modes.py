@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from host_reads import host_reads_of
 
-from cod_kernels import segment_loss, summarize_metrics
+from cod_kernels import merge_metrics, segment_loss, summarize_metrics
+from cod_kernels.segment_loss.op import loss_inputs
+from cod_kernels.segment_loss.reference import LossOptions, loss_gradient_and_metrics
 
 COUNT, SEGMENTS = 600, 17
 
@@ -202,3 +205,19 @@ def test_aggregations_are_weights() -> None:
     for weights, expected in ways.values():
         loss, _ = segment_loss(**tensors(data | {"weights": weights}), clip="none")  # type: ignore[arg-type]
         assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_loss_gradient_and_metrics_read_nothing_back() -> None:
+    given = tensors(arrays(), torch.float32)
+    segments = {"advantages": given["advantages"], "weights": given["weights"], "negative_advantages": None}
+    tokens = {"entropy": None} | {k: v for k, v in given.items() if k.endswith("logprobs")}
+    inputs = loss_inputs(given["current_logprobs"], tokens, given["segment_ids"], segments, 0.3)  # type: ignore[arg-type]
+    for clip in CLIPS:
+        options = LossOptions(clip=clip["clip"], behavior_weight="masked", kl_coef=0.1)
+
+        def run(options: LossOptions = options) -> None:
+            merge_metrics([loss_gradient_and_metrics(inputs, options)[2] for _ in range(2)])
+
+        assert host_reads_of(run) == []
+    metrics = loss_gradient_and_metrics(inputs, LossOptions())[2]
+    assert host_reads_of(lambda: metrics[0].item()) == ["_local_scalar_dense"]
