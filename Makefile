@@ -64,7 +64,7 @@ soak: $(STAMP) ## kill random processes of run after run for SOAK_S seconds
 	$(BIN)/python -m tests.faults.drill --role mixed --soak $(SOAK_S)
 
 bench: $(STAMP) ## measure speed side by side and print ratios
-	@for script in bench/*/*.py; do case $$script in *__init__.py) ;; *) \
+	@for script in bench/*/*.py; do case $$script in *__init__.py|bench/kernels/[!_]*.py) ;; *) \
 	  echo "== $$script"; name=$${script%.py}; $(BIN)/python -m $${name//\//.} || exit 1;; esac; done
 
 clean: ## remove .venv and caches, keep runs

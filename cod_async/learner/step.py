@@ -18,14 +18,28 @@ from cod_async.config.schema import LearnerConfig, LossConfig
 from cod_async.errors import NumericsError, WorkError
 from cod_async.learner.packing import MAX_BUCKET_TOKENS, FlatRows, MicroBatch, micro_batches
 from cod_async.models.qwen3 import Qwen3
-from cod_kernels import KernelInputError, linear_logprob, merge_metrics, segment_loss, summarize_metrics
+from cod_kernels import (
+    KernelInputError,
+    LossOptions,
+    linear_logprob,
+    linear_segment_loss,
+    merge_metrics,
+    raise_faults,
+    summarize_metrics,
+)
+
+
+def predicting_states(model: Qwen3, batch: MicroBatch) -> Tensor:
+    """Return the hidden states that predict a micro-batch's action tokens, [A, H]."""
+    hidden: Tensor = model(batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
+    return hidden
 
 
 def action_logprobs(
     model: Qwen3, batch: MicroBatch, temperature: float, *, has_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return log-prob (and entropy) of a micro-batch's action tokens under ``model``, float32 [A] each."""
-    hidden = model(batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
+    hidden = predicting_states(model, batch)
     result = linear_logprob(
         hidden, model.head_weight, batch.targets, temperature=temperature, return_entropy=has_entropy
     )
@@ -113,13 +127,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         try:
             losses, parts = self._accumulate(flat)
+            raise_faults(self.model.device)  # found on a device while it ran; nothing on a CPU
+            numbers = summarize_metrics(merge_metrics(parts))  # synchronises with the device, once per step
         except KernelInputError as error:
             self.optimizer.zero_grad(set_to_none=True)
             raise NumericsError(f"step {step}: {error}; the step was not applied") from None
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.learner, step)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.learner.grad_clip)
-        numbers = summarize_metrics(merge_metrics(parts))  # the step's one synchronisation with the device
         loss, grad_norm = float(torch.stack(losses).sum()), float(norm)
         if numbers["num_nonfinite"] or not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -149,30 +164,35 @@ class Trainer:
         device = self.model.device
         advantages = torch.from_numpy(flat.advantages).to(device, torch.float32)
         weights = torch.full_like(advantages, 1.0 / flat.num_action_tokens)
+        options = LossOptions(
+            clip=self.loss.clip,
+            eps_low=self.loss.eps_low,
+            eps_high=self.loss.eps_high,
+            behavior_weight=self.loss.behavior_weight,
+            weight_cap=self.loss.weight_cap,
+            kl_coef=self.loss.kl_coef,
+        )
         losses: list[Tensor] = []
         parts: list[Tensor] = []
         for batch in micro_batches(flat, self.max_rectangle_tokens, device):
             if batch.targets.numel() == 0:
                 continue
-            current, entropy = action_logprobs(self.model, batch, self.temperature, has_entropy=True)
             reference = None
             if self.reference is not None:
                 with torch.no_grad():
                     reference, _ = action_logprobs(self.reference, batch, self.temperature)
-            loss, metrics = segment_loss(
-                current,
+            loss, metrics, _ = linear_segment_loss(
+                predicting_states(self.model, batch),
+                self.model.head_weight,
+                batch.targets,
                 batch.behavior_logprobs,
                 batch.segment_ids,
                 advantages,
                 weights,
+                temperature=self.temperature,
                 reference_logprobs=reference,
-                entropy=entropy,
-                clip=self.loss.clip,
-                eps_low=self.loss.eps_low,
-                eps_high=self.loss.eps_high,
-                behavior_weight=self.loss.behavior_weight,
-                weight_cap=self.loss.weight_cap,
-                kl_coef=self.loss.kl_coef,
+                has_entropy=True,
+                options=options,
             )
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())

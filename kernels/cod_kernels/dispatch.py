@@ -1,11 +1,13 @@
 """Which implementation an op runs, and how it refuses bad input.
 
-``auto`` means Triton on CUDA and the torch twin elsewhere. There is no silent fallback: where the Triton
-kernel of an op does not exist, ``auto`` on CUDA raises and the caller has to ask for ``torch`` by name.
+``auto`` means Triton on CUDA and the torch twin elsewhere. There is no silent fallback: where Triton is not
+installed, ``auto`` on CUDA raises and the caller has to ask for ``torch`` by name.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Literal
 
 import torch
@@ -21,8 +23,18 @@ class BackendUnavailableError(RuntimeError):
     """The implementation that was asked for does not exist here; the message says what to pass instead."""
 
 
+def has_triton() -> bool:
+    """Return whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreting() -> bool:
+    """Return whether Triton kernels run in its interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def choose_backend(
-    op: str, backend: str, device: torch.device, *, has_triton_kernel: bool
+    op: str, backend: str, device: torch.device, *, has_triton_kernel: bool | None = None
 ) -> Literal["torch", "triton"]:
     """Return the implementation to run.
 
@@ -30,24 +42,24 @@ def choose_backend(
         op: name of the op, for messages.
         backend: ``auto``, ``torch`` or ``triton``.
         device: where the op's arguments are.
-        has_triton_kernel: whether the op has a Triton kernel in this version.
+        has_triton_kernel: whether a kernel can be had; whether Triton is installed when None.
 
     Raises:
         KernelInputError: unknown backend.
-        BackendUnavailableError: Triton is wanted, and there is no kernel or no CUDA device.
+        BackendUnavailableError: Triton is wanted, and it is not installed or there is no CUDA device.
     """
     if backend not in ("auto", "torch", "triton"):
         raise KernelInputError(f"{op}: backend is {backend!r}; it must be 'auto', 'torch' or 'triton'")
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return "torch"
-    if device.type != "cuda":
+    if device.type != "cuda" and not is_interpreting():
         raise BackendUnavailableError(
             f"{op}: backend 'triton' needs CUDA tensors, got {device.type}; pass backend='torch'"
         )
-    if not has_triton_kernel:
+    if not (has_triton() if has_triton_kernel is None else has_triton_kernel):
         raise BackendUnavailableError(
-            f"{op}: has no Triton kernel in this version; "
-            "pass backend='torch' to run the (slower) torch twin on CUDA"
+            f"{op}: Triton is not installed; install it, "
+            "or pass backend='torch' to run the (slower) torch twin on CUDA"
         )
     return "triton"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cod_kernels import KernelInputError, merge_metrics, segment_loss, summarize_metrics
-from cod_kernels.segment_loss.reference import LossOptions, segment_loss_reference
+from cod_kernels.segment_loss.reference import LossInputs, LossOptions, segment_loss_reference
 
 
 def _tokens(
@@ -50,7 +50,15 @@ def test_loss_and_gradient_against_the_definition(switches: dict[str, Any], dtyp
     wide = {k: v.detach().double() if v.is_floating_point() else v for k, v in data.items()}
     leaf = wide["current_logprobs"].requires_grad_()
     options = LossOptions(weight_cap=1.1, **switches)
-    expected = segment_loss_reference(leaf, *(wide[k] for k in list(wide)[1:]), options)
+    inputs = LossInputs(
+        leaf,
+        wide["behavior_logprobs"],
+        wide["segment_ids"],
+        wide["advantages"],
+        wide["weights"],
+        reference=wide["reference_logprobs"],
+    )
+    expected = segment_loss_reference(inputs, options)
     expected.backward()
     bound = 1e-12 if dtype == torch.float64 else 1e-5
     assert loss.item() == pytest.approx(expected.item(), rel=bound, abs=bound)
@@ -174,6 +182,21 @@ def test_non_finite_tokens_are_counted() -> None:
         ({"clip": "ppo", "behavior_weight": "truncated"}, "count the ratio twice"),
         ({"eps_low": -0.1}, "eps_low"),
         ({"weight_cap": 0.0}, "weight_cap"),
+        ({"kl": "k4"}, "kl is 'k4'"),
+        ({"clip": "cispo", "behavior_weight": "masked"}, "count the ratio twice"),
+        ({"dual_clip": 3.0}, "dual_clip is for clip 'ppo'"),
+        ({"clip": "ppo", "dual_clip": 1.0}, "dual_clip must be above 1"),
+        ({"clip": "m2po"}, "m2po_bound goes with"),
+        ({"m2po_bound": 0.5}, "m2po_bound goes with"),
+        ({"clip": "m2po", "m2po_bound": -0.5}, "m2po_bound must be at least 0"),
+        ({"tv_bound": math.nan}, "tv_bound"),
+        ({"behavior_weight": "masked", "weight_floor": 3.0}, "weight_cap must be positive and above"),
+        ({"proximal_logprobs": torch.zeros(3)}, r"proximal_logprobs must be \[400\]"),
+        ({"negative_advantages": torch.zeros(3)}, "negative_advantages must be one number per segment"),
+        (
+            {"advantages": torch.ones(23), "negative_advantages": torch.arange(23.0)},
+            r"negative_advantages\[1\] is 1.0",
+        ),
         ({"reference_logprobs": None, "kl_coef": 0.1}, "reference_logprobs is None"),
     ],
 )

@@ -1,23 +1,25 @@
 """The definition, and the torch twin: the same numbers chunk by chunk, so that no [T, V] tensor is ever
 whole.
 
-The definition is one call of ``log_softmax``. The twin walks over chunks of rows with one [C, V] buffer. When
-everything fits into one chunk, it keeps the log-probs for the backward pass (three
-matrix products in all); otherwise the backward pass computes the logits again (four).
+The definition is one call of ``log_softmax``. The twin holds one chunk of logits and one of probabilities,
+both small enough for the cache, and works in place. Where only the log-prob is differentiated, the row's
+coefficient is applied to [C, H] tensors instead of [C, V], which leaves three matrix products and one softmax
+pass as all vocabulary-sized work.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from cod_kernels.linear_logprob.chunks import Engine, Problem, Stats
 
 CHUNK_ELEMENTS = 1 << 21
 """Logits in one chunk (8 MB in float32): large enough for the matrix product, small enough for the cache."""
 
 MIN_CHUNK_ROWS = 128
 
+_SMALLEST_PROBABILITY = 1e-30
 _LOG_ZERO = -1e30
 
 
@@ -45,164 +47,119 @@ def linear_logprob_reference(
     return logprobs.gather(1, targets[:, None]).squeeze(1), entropy
 
 
-@dataclass(frozen=True)
-class Options:
-    """Everything of a call that is not differentiated.
-
-    Attributes:
-        inverse_temperature: float or tensor [T, 1] in the compute dtype.
-        softcap: ceiling of the logits' size, or None.
-        has_entropy: whether the entropy is computed.
-        chunk_rows: rows per chunk.
-        compute_dtype: float32, or float64 when the hidden states are.
-    """
-
-    inverse_temperature: Tensor | float
-    softcap: float | None
-    has_entropy: bool
-    chunk_rows: int
-    compute_dtype: torch.dtype
-
-    def inverse(self, rows: slice) -> Tensor | float:
-        """Return 1 / temperature of a chunk, broadcastable to [C, V]."""
-        value = self.inverse_temperature
-        return value[rows] if isinstance(value, Tensor) else value
-
-
 def chunk_rows_for(vocab_size: int) -> int:
     """Return how many rows of logits fit into one chunk."""
     return max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, options: Options
-) -> tuple[Tensor, Tensor | None]:
-    """Return (scaled logits of a chunk [C, V], d softcap / d logit or None)."""
-    z = hidden[rows].to(options.compute_dtype) @ weight.t()
-    if bias is not None:
-        z += bias
-    slope = None
-    if options.softcap is not None:
-        z.div_(options.softcap).tanh_()
-        slope = 1 - z.square()
-        z.mul_(options.softcap)
-    inverse = options.inverse(rows)
-    if isinstance(inverse, Tensor) or inverse != 1.0:
-        z.mul_(inverse)
-    return z, slope
+class TorchEngine(Engine):
+    """The twin: logits ``z`` and their softmax ``p`` of one chunk at a time."""
 
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        dtype = problem.compute_dtype
+        shape = (min(problem.chunk_rows, problem.hidden.shape[0]), problem.weight.shape[0])
+        self._weight = problem.weight.to(dtype)
+        self._bias = None if problem.bias is None else problem.bias.to(dtype)
+        self._z = torch.empty(shape, dtype=dtype, device=problem.hidden.device)
+        self._p = torch.empty_like(self._z)
+        self._slope: Tensor | None = None
+        self._lse = self._z[:, 0]
 
-def forward_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    options: Options,
-    *,
-    keep_logprobs: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run the forward pass.
+    def forward(self, rows: slice) -> Stats:
+        """Fill the buffers with a chunk; see :class:`Engine`."""
+        problem = self.problem
+        count = rows.stop - rows.start
+        z, p = self._z[:count], self._p[:count]
+        torch.mm(problem.hidden[rows].to(z.dtype), self._weight.t(), out=z)
+        if self._bias is not None:
+            z += self._bias
+        if problem.softcap is not None:
+            z.div_(problem.softcap).tanh_()
+            self._slope = 1 - z.square()
+            z.mul_(problem.softcap)
+        inverse = problem.inverse(rows)
+        if isinstance(inverse, Tensor) or inverse != 1.0:
+            z.mul_(inverse)
+        torch.softmax(z, 1, out=p)
+        index, is_owner = problem.local_targets(rows)
+        target_logit = z.gather(1, index).squeeze(1)
+        logprob, self._lse = _target_logprob(z, p, target_logit, index)
+        if is_owner is not None:
+            logprob = torch.where(is_owner, logprob, torch.nan)
+        entropy = None
+        if problem.has_entropy:
+            z.sub_(self._lse[:, None])  # from here on the log-probs
+            if self._bias is not None:
+                z.clamp_(min=_LOG_ZERO)  # a bias of minus infinity takes a token out of the vocabulary
+            entropy = -torch.einsum("cv,cv->c", p, z)
+        self.fresh_rows = rows
+        return Stats(logprob, self._lse, entropy)
 
-    Args:
-        hidden: [T, H].
-        weight: [V, H] in the compute dtype.
-        targets: int64 [T].
-        bias: [V] in the compute dtype or None.
-        options: the rest.
-        keep_logprobs: return the log-probs of the whole vocabulary; only when there is one chunk.
+    def backward(
+        self, rows: slice, lse: Tensor, entropy: Tensor | None, g: Tensor | None, h: Tensor | None
+    ) -> None:
+        """Add the chunk's gradients; see :class:`Engine`.
 
-    Returns:
-        (log-prob of the target [T], entropy [T] or None, all log-probs [T, V] or None), in the compute dtype.
-    """
-    num_rows = hidden.shape[0]
-    logprob = torch.empty(num_rows, dtype=options.compute_dtype, device=hidden.device)
-    entropy = torch.empty_like(logprob) if options.has_entropy else None
-    kept = None
-    for start in range(0, num_rows, options.chunk_rows):
-        rows = slice(start, min(start + options.chunk_rows, num_rows))
-        z, _ = _logits(hidden, weight, bias, rows, options)
-        log_p = torch.log_softmax(z, dim=1)
-        logprob[rows] = log_p.gather(1, targets[rows, None]).squeeze(1)
-        if entropy is not None:
-            entropy[rows] = entropy_of(log_p, out=z)
-        kept = log_p if keep_logprobs else None
-    return logprob, entropy, kept
-
-
-def entropy_of(log_p: Tensor, out: Tensor) -> Tensor:
-    """Return -sum p log p of each row; ``out`` is scratch space. A log-prob of minus infinity adds
-    nothing.
-    """
-    p = torch.exp(log_p, out=out)
-    return -torch.einsum("cv,cv->c", p, log_p.clamp(min=_LOG_ZERO))
-
-
-def backward_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    options: Options,
-    saved: tuple[Tensor | None, Tensor | None],
-    grads: tuple[Tensor | None, Tensor | None],
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Run the backward pass.
-
-    With p the softmax and g, h the gradients of log-prob and entropy H:
-    ``dz_v = g (1[v = y] - p_v) - h p_v (log p_v + H)``, then the chain through temperature and soft-cap.
-
-    Args:
-        hidden: [T, H].
-        weight: [V, H] in the compute dtype.
-        targets: int64 [T].
-        bias: [V] in the compute dtype or None.
-        options: as in the forward pass.
-        saved: (entropy [T] or None, all log-probs [T, V] or None).
-        grads: gradients of (log-prob, entropy), [T] or None each.
-        needs: whether (hidden, weight, bias) need a gradient.
-
-    Returns:
-        Gradients of (hidden, weight, bias) in the compute dtype, None where not needed.
-    """
-    entropy, kept = saved
-    grad_logprob, grad_entropy = grads
-    d_hidden = (
-        torch.empty(hidden.shape, dtype=options.compute_dtype, device=hidden.device) if needs[0] else None
-    )
-    d_weight = torch.zeros_like(weight) if needs[1] else None
-    d_bias = torch.zeros_like(weight[:, 0]) if needs[2] else None
-    for start in range(0, hidden.shape[0], options.chunk_rows):
-        rows = slice(start, min(start + options.chunk_rows, hidden.shape[0]))
-        slope = None
-        if kept is None:
-            z, slope = _logits(hidden, weight, bias, rows, options)
-            log_p = torch.log_softmax(z, dim=1)
-            dz = torch.exp(log_p, out=z)
+        With p the softmax and g, h the gradients of log-prob and entropy H:
+        ``dz_v = g (1[v = y] - p_v) - h p_v (log p_v + H)``, then the chain through temperature and soft-cap.
+        """
+        problem = self.problem
+        index, is_owner = problem.local_targets(rows)
+        inverse = problem.inverse(rows)
+        g = torch.zeros_like(lse) if g is None else g.to(lse.dtype)
+        owned = g if is_owner is None else g * is_owner
+        scale = None if problem.group is None else (self._lse - lse).exp()
+        if h is None and problem.softcap is None and self.d_bias is None and scale is None:
+            self._add_by_rows(rows, index, is_owner, g[:, None] * inverse)
+            return
+        self.fresh_rows = None
+        count = rows.stop - rows.start
+        dz, z = self._p[:count], self._z[:count]
+        if h is not None and entropy is not None:
+            z.add_((self._lse - lse + entropy)[:, None]).mul_(h[:, None]).add_(g[:, None])
+            dz.mul_(z).neg_()
         else:
-            log_p = kept
-            dz = torch.exp(log_p)
-        inner = None
-        if grad_entropy is not None and entropy is not None:
-            h = grad_entropy[rows].to(options.compute_dtype)
-            inner = (log_p.clamp(min=_LOG_ZERO) + entropy[rows, None]).mul_(dz).mul_(h[:, None])
-        if grad_logprob is None:
-            dz.zero_()
-        else:
-            g = grad_logprob[rows].to(options.compute_dtype)
             dz.mul_(-g[:, None])
-            dz[torch.arange(dz.shape[0], device=dz.device), targets[rows]] += g
-        if inner is not None:
-            dz -= inner
-        inverse = options.inverse(rows)
+        if scale is not None:
+            dz.mul_(scale[:, None])
+        dz.scatter_add_(1, index, owned[:, None])
         if isinstance(inverse, Tensor) or inverse != 1.0:
             dz *= inverse
-        if slope is not None:
-            dz *= slope
-        if d_hidden is not None:
-            torch.mm(dz, weight, out=d_hidden[rows])
-        if d_weight is not None:
-            d_weight.addmm_(dz.t(), hidden[rows].to(options.compute_dtype))
-        if d_bias is not None:
-            d_bias += dz.sum(0)
-    return d_hidden, d_weight, d_bias
+        if self._slope is not None:
+            dz *= self._slope
+        if self.d_hidden is not None:
+            torch.mm(dz, self._weight, out=self.d_hidden[rows])
+        if self.d_weight is not None:
+            self.d_weight.addmm_(dz.t(), problem.hidden[rows].to(dz.dtype))
+        if self.d_bias is not None:
+            self.d_bias += dz.sum(0)
+
+    def _add_by_rows(self, rows: slice, index: Tensor, is_owner: Tensor | None, factor: Tensor) -> None:
+        """Add gradients with the coefficients applied to [C, H] tensors; the buffers stay as they are."""
+        p = self._p[: rows.stop - rows.start]
+        kept = p.gather(1, index)
+        p.scatter_(1, index, kept - (1.0 if is_owner is None else is_owner[:, None].to(p.dtype)))
+        if self.d_hidden is not None:
+            torch.mm(p, self._weight, out=self.d_hidden[rows]).mul_(-factor)
+        if self.d_weight is not None:
+            self.d_weight.addmm_(p.t(), self.problem.hidden[rows].to(p.dtype) * factor, alpha=-1)
+        p.scatter_(1, index, kept)
+
+
+def _target_logprob(z: Tensor, p: Tensor, target_logit: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (log-prob of the target, log of the sum of exponentials) of each row.
+
+    The softmax holds both already, unless the target's probability underflows; those rows are summed anew.
+    """
+    if z.device.type != "cpu":  # looking for such rows would stall the device
+        lse = torch.logsumexp(z, 1)
+        return target_logit - lse, lse
+    probability = p.gather(1, index).squeeze(1)
+    logprob = probability.log()
+    lse = target_logit - logprob
+    is_tiny = probability < _SMALLEST_PROBABILITY
+    if bool(is_tiny.any()):
+        lse[is_tiny] = torch.logsumexp(z[is_tiny], 1)
+        logprob[is_tiny] = target_logit[is_tiny] - lse[is_tiny]
+    return logprob, lse

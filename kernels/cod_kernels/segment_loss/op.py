@@ -1,4 +1,4 @@
-"""``segment_loss``: checks, dispatch and autograd; merging and naming of its metrics."""
+"""``segment_loss``: dispatch and autograd; merging and naming of its metrics."""
 
 from __future__ import annotations
 
@@ -8,15 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cod_kernels.dispatch import KernelInputError, choose_backend, first_index, require
-from cod_kernels.segment_loss.reference import METRIC_NAMES, LossOptions, loss_gradient_and_metrics
+from cod_kernels.dispatch import KernelInputError, choose_backend
+from cod_kernels.segment_loss.checks import check_call
+from cod_kernels.segment_loss.reference import (
+    METRIC_NAMES,
+    NUM_ADDITIVE,
+    LossInputs,
+    LossOptions,
+    loss_gradient_and_metrics,
+)
 
 __all__ = ["METRIC_NAMES", "merge_metrics", "segment_loss", "summarize_metrics"]
 
 _OP = "segment_loss"
-_CLIPS = ("one_side", "ppo", "none")
-_BEHAVIOR_WEIGHTS = ("none", "truncated")
-_NUM_ADDITIVE = len(METRIC_NAMES) - 2
+
+
+def evaluate(inputs: LossInputs, options: LossOptions, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient [A], metrics) from the implementation named ``torch`` or ``triton``."""
+    if backend == "triton":
+        from cod_kernels.segment_loss.kernel import launch
+
+        return launch(inputs, options)
+    return loss_gradient_and_metrics(inputs, options)
 
 
 class _SegmentLoss(torch.autograd.Function):
@@ -24,19 +37,9 @@ class _SegmentLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        current: Tensor,
-        behavior: Tensor,
-        segment_ids: Tensor,
-        advantages: Tensor,
-        weights: Tensor,
-        reference: Tensor | None,
-        entropy: Tensor | None,
-        options: LossOptions,
+        ctx: Any, current: Tensor, inputs: LossInputs, options: LossOptions, backend: str
     ) -> tuple[Tensor, Tensor]:
-        loss, gradient, metrics = loss_gradient_and_metrics(
-            current, behavior, segment_ids, advantages, weights, reference, entropy, options
-        )
+        loss, gradient, metrics = evaluate(inputs, options, backend)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -45,91 +48,19 @@ class _SegmentLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        scaled = None if grads[0] is None else gradient * grads[0]
-        return scaled, None, None, None, None, None, None, None
+        return (None if grads[0] is None else gradient * grads[0], None, None, None)
 
 
-def _check(
-    tokens: dict[str, Tensor | None], segment_ids: Tensor, segments: dict[str, Tensor], options: LossOptions
-) -> None:
-    current = tokens["current_logprobs"]
-    if current is None:
-        raise KernelInputError(f"{_OP}: current_logprobs is missing")
-    require(current.dim() == 1, f"{_OP}: current_logprobs must be [A], has shape {list(current.shape)}")
-    require(current.numel() > 0, f"{_OP}: current_logprobs is empty; call it with at least one action token")
-    require(
-        current.dtype in (torch.float32, torch.float64),
-        f"{_OP}: current_logprobs must be float32 or float64, is {current.dtype}",
-    )
-    for name, tensor in [*tokens.items(), ("segment_ids", segment_ids)]:
-        if tensor is None:
-            continue
-        require(
-            tensor.shape == current.shape,
-            f"{_OP}: {name} must be [{current.numel()}] like current_logprobs, "
-            f"has shape {list(tensor.shape)}",
-        )
-        require(
-            tensor.device == current.device,
-            f"{_OP}: {name} is on {tensor.device}, current_logprobs on {current.device}",
-        )
-        if name != "segment_ids":
-            require(tensor.is_floating_point(), f"{_OP}: {name} must be floating point, is {tensor.dtype}")
-    require(
-        segment_ids.dtype in (torch.int32, torch.int64),
-        f"{_OP}: segment_ids must be int32 or int64, is {segment_ids.dtype}",
-    )
-    num_segments = segments["advantages"].numel()
-    for name, tensor in segments.items():
-        require(
-            tensor.dim() == 1 and tensor.numel() == num_segments and num_segments > 0,
-            f"{_OP}: {name} must be one number per segment, has shape {list(tensor.shape)}, "
-            f"advantages has {num_segments}",
-        )
-        require(
-            tensor.device == current.device,
-            f"{_OP}: {name} is on {tensor.device}, current_logprobs on {current.device}",
-        )
-    _check_options(options, has_reference=tokens["reference_logprobs"] is not None)
-    if current.device.type == "cpu":
-        _check_values(segment_ids, segments)
+def convert(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return ``tensor`` without history, in the dtype of ``like``."""
+    return None if tensor is None else tensor.detach().to(like.dtype)
 
 
-def _check_options(options: LossOptions, *, has_reference: bool) -> None:
-    require(options.clip in _CLIPS, f"{_OP}: clip is {options.clip!r}; it must be one of {', '.join(_CLIPS)}")
-    require(
-        options.behavior_weight in _BEHAVIOR_WEIGHTS,
-        f"{_OP}: behavior_weight is {options.behavior_weight!r}; "
-        f"it must be one of {', '.join(_BEHAVIOR_WEIGHTS)}",
-    )
-    require(
-        not (options.clip == "ppo" and options.behavior_weight != "none"),
-        f"{_OP}: behavior_weight {options.behavior_weight!r} with clip 'ppo' would count the ratio twice; "
-        "use clip 'one_side' or 'none', or behavior_weight 'none'",
-    )
-    for name in ("eps_low", "eps_high", "kl_coef"):
-        value = getattr(options, name)
-        require(0 <= value < float("inf"), f"{_OP}: {name} must be at least 0 and finite, is {value}")
-    require(options.weight_cap > 0, f"{_OP}: weight_cap must be positive, is {options.weight_cap}")
-    require(
-        options.kl_coef == 0 or has_reference,
-        f"{_OP}: kl_coef is {options.kl_coef}, but reference_logprobs is None; pass them or set kl_coef to 0",
-    )
-
-
-def _check_values(segment_ids: Tensor, segments: dict[str, Tensor]) -> None:
-    num_segments = segments["advantages"].numel()
-    low, high = torch.aminmax(segment_ids)
-    if int(low) < 0 or int(high) >= num_segments:
-        index = first_index((segment_ids < 0) | (segment_ids >= num_segments))
-        raise KernelInputError(
-            f"{_OP}: segment_ids[{index}] is {int(segment_ids[index])}, there are {num_segments} segments"
-        )
-    for name, tensor in segments.items():
-        bad = ~torch.isfinite(tensor)
-        if bool(bad.any()):
-            index = first_index(bad)
-            raise KernelInputError(f"{_OP}: {name}[{index}] is {float(tensor[index])}")
+def bound_tensor(bound: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """Return the M2PO bound as a scalar tensor beside ``like``."""
+    if bound is None:
+        return None
+    return torch.as_tensor(bound, dtype=like.dtype, device=like.device).detach().reshape(())
 
 
 def segment_loss(
@@ -139,14 +70,21 @@ def segment_loss(
     advantages: Tensor,
     weights: Tensor,
     *,
+    negative_advantages: Tensor | None = None,
+    proximal_logprobs: Tensor | None = None,
     reference_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
     clip: str = "one_side",
     eps_low: float = 0.2,
     eps_high: float = 0.2,
+    dual_clip: float | None = None,
+    tv_bound: float = 0.2,
+    m2po_bound: Tensor | float | None = None,
     behavior_weight: str = "none",
+    weight_floor: float = 0.0,
     weight_cap: float = 2.0,
     kl_coef: float = 0.0,
+    kl: str = "k3",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return loss and metrics of A action tokens that belong to N segments; the formulas are in README.md.
@@ -159,56 +97,96 @@ def segment_loss(
         current_logprobs: float32 or float64 [A], differentiable; under the weights being trained.
         behavior_logprobs: [A], at sampling.
         segment_ids: int32 or int64 [A] in [0, N).
-        advantages: finite [N].
+        advantages: finite [N]; with ``negative_advantages``, the positive parts (>= 0).
         weights: finite [N].
+        negative_advantages: [N] <= 0 or None: for a prefix shared by several branches, the sums over the
+            branches of the positive and of the negative advantages.
+        proximal_logprobs: [A] at the start of the update or None; when given, the clip's ratio is current /
+            proximal and the behaviour weight proximal / behaviour (the decoupled objective).
         reference_logprobs: [A] under the reference model; needed when ``kl_coef`` > 0.
         entropy: [A] in nats, for the metrics only.
-        clip: ``one_side`` | ``ppo`` | ``none``.
+        clip: ``one_side`` | ``ppo`` | ``none`` | ``cispo`` | ``dppo_tv`` | ``m2po``.
         eps_low: the ratio's range is [1 - eps_low, 1 + eps_high].
         eps_high: see ``eps_low``.
-        behavior_weight: ``none`` | ``truncated`` (min(ratio, weight_cap), no gradient; not with ``ppo``).
+        dual_clip: > 1 or None; with ``ppo`` and ``m2po``: ceiling of the ratio of negative advantages.
+        tv_bound: >= 0; with ``dppo_tv``: how far the token's probability may move.
+        m2po_bound: >= 0, number or scalar tensor; with ``m2po``: bound on the size of the log-ratio.
+        behavior_weight: ``none`` | ``truncated`` (min(w, weight_cap)) | ``masked`` (w inside
+            [weight_floor, weight_cap], else 0), without gradient.
+        weight_floor: >= 0.
         weight_cap: > 0.
-        kl_coef: weight of the k3 divergence to the reference.
+        kl_coef: weight of the divergence to the reference.
+        kl: its estimator: ``k1`` | ``k2`` | ``k3``.
         backend: ``auto`` (Triton on CUDA, torch elsewhere), ``torch`` or ``triton``.
 
     Returns:
         (loss, a scalar; metrics, float64 [len(METRIC_NAMES)], on the same device, not differentiable).
 
     Raises:
-        KernelInputError: names the argument, and on the CPU the first offending index.
-        BackendUnavailableError: ``auto`` or ``triton`` on CUDA: the Triton kernel does not exist yet.
+        KernelInputError: names the argument, and on the CPU the first offending index; on CUDA bad values are
+            counted in the metrics and refused by :func:`summarize_metrics`.
+        BackendUnavailableError: Triton is wanted and cannot be had.
     """
-    options = LossOptions(clip, eps_low, eps_high, behavior_weight, weight_cap, kl_coef)
+    options = LossOptions(
+        clip, eps_low, eps_high, behavior_weight, weight_cap, kl_coef, dual_clip, weight_floor, tv_bound, kl
+    )
     tokens = {
         "current_logprobs": current_logprobs,
         "behavior_logprobs": behavior_logprobs,
+        "proximal_logprobs": proximal_logprobs,
         "reference_logprobs": reference_logprobs,
         "entropy": entropy,
     }
-    _check(tokens, segment_ids, {"advantages": advantages, "weights": weights}, options)
-    choose_backend(_OP, backend, current_logprobs.device, has_triton_kernel=False)
-    dtype = current_logprobs.dtype
+    segments = {"advantages": advantages, "weights": weights, "negative_advantages": negative_advantages}
+    check_call(tokens, segment_ids, segments, options, m2po_bound)
+    chosen = choose_backend(_OP, backend, current_logprobs.device)
+    inputs = loss_inputs(current_logprobs, tokens, segment_ids, segments, m2po_bound)
     loss, metrics = _SegmentLoss.apply(  # type: ignore[no-untyped-call]
-        current_logprobs,
-        behavior_logprobs.detach().to(dtype),
-        segment_ids.long(),
-        advantages.detach().to(dtype),
-        weights.detach().to(dtype),
-        None if reference_logprobs is None else reference_logprobs.detach().to(dtype),
-        None if entropy is None else entropy.detach(),
-        options,
+        current_logprobs, inputs, options, chosen
     )
     return loss, metrics
 
 
+def loss_inputs(
+    current: Tensor,
+    tokens: dict[str, Tensor | None],
+    segment_ids: Tensor,
+    segments: dict[str, Tensor | None],
+    m2po_bound: Tensor | float | None,
+) -> LossInputs:
+    """Collect checked arguments in the dtype of the current log-probs, without history."""
+
+    def required(name: str, of: dict[str, Tensor | None]) -> Tensor:
+        tensor = convert(of[name], current)
+        if tensor is None:
+            raise KernelInputError(f"{_OP}: {name} is missing")
+        return tensor
+
+    return LossInputs(
+        current.detach(),
+        required("behavior_logprobs", tokens),
+        segment_ids if segment_ids.device.type == "cuda" else segment_ids.long(),
+        required("advantages", segments),
+        required("weights", segments),
+        convert(segments["negative_advantages"], current),
+        convert(tokens["proximal_logprobs"], current),
+        convert(tokens["reference_logprobs"], current),
+        convert(tokens["entropy"], current),
+        bound_tensor(m2po_bound, current),
+    )
+
+
 def merge_metrics(parts: Sequence[Tensor]) -> Tensor:
-    """Merge the metrics of micro-batches into those of the step, on the device and in the given order."""
+    """Merge the metrics of micro-batches into those of the step, on the device and in the given order.
+
+    ``first_bad_token`` becomes the smallest of the parts' own indices.
+    """
     stacked = torch.stack(list(parts))
     return torch.cat(
         [
-            stacked[:, :_NUM_ADDITIVE].sum(0),
-            stacked[:, _NUM_ADDITIVE].amax(0, keepdim=True),
-            stacked[:, _NUM_ADDITIVE + 1].amin(0, keepdim=True),
+            stacked[:, :NUM_ADDITIVE].sum(0),
+            stacked[:, NUM_ADDITIVE].amax(0, keepdim=True),
+            stacked[:, NUM_ADDITIVE + 1 :].amin(0),
         ]
     )
 
@@ -218,12 +196,21 @@ def summarize_metrics(metrics: Tensor) -> dict[str, float]:
 
     Returns:
         ``num_action_tokens``, ``num_nonfinite``, ``num_clamped``; ``masked_positive_frac`` and
-        ``masked_negative_frac`` of the tokens of that sign, ``masked_frac`` of all; ``ratio_mean|max|min``
-        (current / behaviour); ``ess_frac`` = (sum r)^2 / (A sum r^2); ``behavior_weight_mean`` and
-        ``weight_capped_frac``; ``kl_behavior`` = mean(r - 1 - log r), an estimate of KL(behaviour ||
-        current); ``kl_reference``; ``entropy``; ``advantage_mean`` over tokens; ``policy_loss``.
+        ``masked_negative_frac`` of the tokens of that sign, ``masked_frac`` of all; ``dual_clipped_frac``;
+        ``ratio_mean|max|min`` (current / behaviour, or current / proximal); ``ess_frac`` = (sum r)^2 / (A sum
+        r^2); ``behavior_weight_mean`` and ``weight_capped_frac``; ``kl_behavior`` = mean(r - 1 - log r), an
+        estimate of KL(behaviour || current); ``kl_reference``; ``entropy``; ``advantage_mean`` over tokens;
+        ``policy_loss``.
+
+    Raises:
+        KernelInputError: on CUDA, segment ids were out of range or advantages or weights not finite.
     """
     v = dict(zip(METRIC_NAMES, metrics.tolist(), strict=True))
+    if v["num_bad_segments"]:
+        raise KernelInputError(
+            f"{_OP}: segment_ids are out of range, or advantages or weights not finite, at "
+            f"{v['num_bad_segments']:.0f} tokens; the first bad token is {v['first_bad_token']:.0f}"
+        )
     count = max(v["num_tokens"], 1.0)
     masked = v["num_masked_positive"] + v["num_masked_negative"]
     squared = v["sum_ratio_squared"]
@@ -234,6 +221,7 @@ def summarize_metrics(metrics: Tensor) -> dict[str, float]:
         "masked_positive_frac": v["num_masked_positive"] / max(v["num_positive"], 1.0),
         "masked_negative_frac": v["num_masked_negative"] / max(v["num_negative"], 1.0),
         "masked_frac": masked / count,
+        "dual_clipped_frac": v["num_dual_clipped"] / count,
         "ratio_mean": v["sum_ratio"] / count,
         "ratio_max": v["max_ratio"],
         "ratio_min": v["min_ratio"],

@@ -6,7 +6,8 @@ synchronisation, and every sum has one fixed order, so equal inputs give equal b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,132 +32,270 @@ METRIC_NAMES = (
     "sum_entropy",
     "sum_advantage",
     "policy_loss",
+    "num_dual_clipped",
+    "num_bad_segments",
     "max_ratio",
     "min_ratio",
+    "first_bad_token",
 )
-"""Meaning of the entries of the metrics vector; all but the last two add up over micro-batches."""
+"""Meaning of the entries of the metrics vector; all but the last three add up over micro-batches."""
+
+NUM_ADDITIVE = len(METRIC_NAMES) - 3
+
+CLIPS = ("one_side", "ppo", "none", "cispo", "dppo_tv", "m2po")
+BEHAVIOR_WEIGHTS = ("none", "truncated", "masked")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+RATIO_CLIPS = ("ppo", "dppo_tv", "m2po")
+"""Clips whose objective is a multiple of the ratio."""
+WEIGHTED_CLIPS = (*RATIO_CLIPS, "cispo")
+"""Clips that weigh tokens by the ratio already."""
 
 
 @dataclass(frozen=True)
 class LossOptions:
     """The switches of the loss; see :func:`cod_kernels.segment_loss.op.segment_loss`."""
 
-    clip: str
-    eps_low: float
-    eps_high: float
-    behavior_weight: str
-    weight_cap: float
-    kl_coef: float
+    clip: str = "one_side"
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    behavior_weight: str = "none"
+    weight_cap: float = 2.0
+    kl_coef: float = 0.0
+    dual_clip: float | None = None
+    weight_floor: float = 0.0
+    tv_bound: float = 0.2
+    kl: str = "k3"
 
 
-def segment_loss_reference(
-    current: Tensor,
-    behavior: Tensor,
-    segment_ids: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    reference: Tensor | None,
-    options: LossOptions,
-) -> Tensor:
-    """Return the loss, written the way the table reads; for tests."""
-    advantage = advantages[segment_ids]
-    log_ratio = torch.clamp(current - behavior, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
-    low, high = 1 - options.eps_low, 1 + options.eps_high
-    keep = ((advantage >= 0) & (ratio <= high)) | ((advantage <= 0) & (ratio >= low))
-    if options.clip == "ppo":
-        objective = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-    elif options.clip == "one_side":
-        objective = keep.to(current.dtype) * advantage * current
-    else:
-        objective = advantage * current
-    if options.behavior_weight == "truncated":
-        objective = objective * ratio.detach().clamp(max=options.weight_cap)
-    loss = -objective
-    if reference is not None and options.kl_coef > 0:
-        log_reference = torch.clamp(reference - current, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        loss = loss + options.kl_coef * (log_reference.exp() - log_reference - 1)
-    return (weights[segment_ids] * loss).sum()
+@dataclass(frozen=True)
+class LossInputs:
+    """The tensors of a call; [A] per token in one dtype, [N] per segment in the same.
 
-
-def loss_gradient_and_metrics(
-    current: Tensor,
-    behavior: Tensor,
-    segment_ids: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    reference: Tensor | None,
-    entropy: Tensor | None,
-    options: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss scalar, d loss / d current [A], metrics float64 [len(METRIC_NAMES)]).
-
-    Args:
+    Attributes:
         current: [A] under the weights being trained.
         behavior: [A] at sampling.
-        segment_ids: int64 [A] in [0, N).
-        advantages: [N] in the dtype of ``current``.
-        weights: [N] in the dtype of ``current``.
+        segment_ids: int64 or int32 [A] in [0, N).
+        advantages: [N]; the positive parts alone where ``negative_advantages`` is given.
+        weights: [N].
+        negative_advantages: [N], at most 0, or None.
+        proximal: [A] at the start of the update, or None.
         reference: [A] under the reference model, or None.
         entropy: [A], or None.
-        options: the switches.
+        m2po_bound: a scalar, or None.
     """
-    advantage, weight = advantages[segment_ids], weights[segment_ids]
-    difference = current - behavior
+
+    current: Tensor
+    behavior: Tensor
+    segment_ids: Tensor
+    advantages: Tensor
+    weights: Tensor
+    negative_advantages: Tensor | None = None
+    proximal: Tensor | None = None
+    reference: Tensor | None = None
+    entropy: Tensor | None = None
+    m2po_bound: Tensor | None = None
+
+    def rows(self, rows: slice, current: Tensor) -> LossInputs:
+        """Return the inputs of some tokens, with ``current`` for their log-probs."""
+        cut: dict[str, Any] = {
+            name: None if (value := getattr(self, name)) is None else value[rows]
+            for name in ("behavior", "segment_ids", "proximal", "reference", "entropy")
+        }
+        return replace(self, current=current, **cut)
+
+
+def segment_loss_reference(inputs: LossInputs, options: LossOptions) -> Tensor:
+    """Return the loss, written the way the table reads, and differentiated by autograd; for tests."""
+    current, ids = inputs.current, inputs.segment_ids
+    if inputs.negative_advantages is None:
+        parts = [inputs.advantages[ids]]
+    else:
+        parts = [inputs.advantages[ids], inputs.negative_advantages[ids]]
+    anchor = inputs.behavior if inputs.proximal is None else inputs.proximal
+    log_ratio = torch.clamp(current - anchor, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    loss = -sum(_objective_reference(a, log_ratio, anchor, inputs, options) for a in parts)
+    if options.behavior_weight != "none":
+        gap = log_ratio if inputs.proximal is None else inputs.proximal - inputs.behavior
+        loss = loss * _behavior_weight(gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), options)[0].detach()
+    if inputs.reference is not None and options.kl_coef > 0:
+        r = torch.clamp(inputs.reference - current, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        loss = loss + options.kl_coef * {"k1": -r, "k2": r.square() / 2, "k3": r.exp() - r - 1}[options.kl]
+    return (inputs.weights[ids] * loss).sum()
+
+
+def _objective_reference(
+    advantage: Tensor, log_ratio: Tensor, anchor: Tensor, inputs: LossInputs, options: LossOptions
+) -> Tensor:
+    current, ratio = inputs.current, log_ratio.exp()
+    low, high = 1 - options.eps_low, 1 + options.eps_high
+    if options.clip == "none":
+        return advantage * current
+    if options.clip == "one_side":
+        keep = ((advantage >= 0) & (ratio <= high)) | ((advantage <= 0) & (ratio >= low))
+        return keep.to(current.dtype) * advantage * current
+    if options.clip == "cispo":
+        return ratio.clamp(low, high).detach() * advantage * current
+    if options.clip == "dppo_tv":
+        move = (current.exp() - anchor.exp()) * advantage.sign()
+        return (move <= options.tv_bound) * ratio * advantage
+    if inputs.m2po_bound is not None:
+        clipped = log_ratio.clamp(-inputs.m2po_bound, inputs.m2po_bound).exp()
+    else:
+        clipped = ratio.clamp(low, high)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    if options.dual_clip is not None:
+        dual = torch.maximum(objective, options.dual_clip * advantage)
+        objective = torch.where(advantage < 0, dual, objective)
+    return objective
+
+
+def _behavior_weight(ratio: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """Return (weight, whether the ratio lay outside its range)."""
+    if options.behavior_weight == "truncated":
+        return ratio.clamp(max=options.weight_cap), ratio > options.weight_cap
+    outside = (ratio > options.weight_cap) | (ratio < options.weight_floor)
+    return ratio * ~outside, outside
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """Value and slope of the clipped objective, and which tokens lost their gradient by sign."""
+
+    objective: Tensor
+    slope: Tensor
+    masked_positive: Tensor
+    masked_negative: Tensor
+    dual: Tensor | None
+
+
+def _policy(
+    positive: Tensor, negative: Tensor, ratio: Tensor, log_ratio: Tensor, is_clamped: Tensor,
+    anchor: Tensor, inputs: LossInputs, options: LossOptions,
+) -> _Policy:  # fmt: skip
+    """Evaluate the clip's row of the table for the two parts of the advantage."""
+    current = inputs.current
+    low: Any = 1 - options.eps_low
+    high: Any = 1 + options.eps_high
+    too_high, too_low, dual = ratio > high, ratio < low, None
+    if options.clip == "dppo_tv":
+        move = current.exp() - anchor.exp()
+        too_high, too_low = move > options.tv_bound, move < -options.tv_bound
+    if inputs.m2po_bound is not None:  # clip "m2po"
+        too_high, too_low = log_ratio > inputs.m2po_bound, log_ratio < -inputs.m2po_bound
+        high, low = inputs.m2po_bound.exp(), (-inputs.m2po_bound).exp()
+    masked_positive, masked_negative = (positive > 0) & too_high, (negative < 0) & too_low
+    if options.clip in ("none", "cispo"):
+        slope = positive + negative
+        if options.clip == "cispo":
+            slope = slope * ratio.clamp(low, high)
+        return _Policy(slope * current, slope, masked_positive, masked_negative, None)
+    keep_negative = ~masked_negative
+    if options.dual_clip is not None:
+        dual = (negative < 0) & (ratio > options.dual_clip)
+        keep_negative = keep_negative & ~dual
+    slope = positive * ~masked_positive + negative * keep_negative
+    if options.clip == "one_side":
+        return _Policy(slope * current, slope, masked_positive, masked_negative, None)
+    slope = slope * ratio
+    if options.clip == "dppo_tv":
+        objective = slope
+    else:
+        lowest = torch.clamp(ratio, min=low)
+        if options.dual_clip is not None:
+            lowest = lowest.clamp(max=options.dual_clip)
+        objective = torch.clamp(ratio, max=high) * positive + lowest * negative
+    return _Policy(objective, slope * ~is_clamped, masked_positive, masked_negative, dual)
+
+
+def loss_gradient_and_metrics(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss scalar, d loss / d current [A], metrics float64 [len(METRIC_NAMES)])."""
+    current, ids, weights = inputs.current, inputs.segment_ids, inputs.weights
+    is_bad_id = None
+    if current.device.type != "cpu":  # on the CPU the op has refused them already
+        is_bad_id = (ids < 0) | (ids >= weights.numel())
+        ids = ids.clamp(0, weights.numel() - 1)
+    positive, negative = advantage_parts(inputs, ids)
+    weight = weights[ids]
+    anchor = inputs.behavior if inputs.proximal is None else inputs.proximal
+    difference = current - anchor
     log_ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     is_clamped = difference != log_ratio  # true for NaN as well
-    positive, negative = advantage > 0, advantage < 0
-    masked_positive = positive & (ratio > 1 + options.eps_high)
-    masked_negative = negative & (ratio < 1 - options.eps_low)
-    keep = ~(masked_positive | masked_negative)
-    behavior_weight = None
-    if options.clip == "ppo":
-        clipped = ratio.clamp(1 - options.eps_low, 1 + options.eps_high)
-        objective = torch.minimum(ratio * advantage, clipped * advantage)
-        slope = advantage * ratio * (keep & ~is_clamped)
-    else:
-        slope = advantage * keep if options.clip == "one_side" else advantage
-        if options.behavior_weight == "truncated":
-            behavior_weight = ratio.clamp(max=options.weight_cap)
-            slope = slope * behavior_weight
-        objective = slope * current
-    token_loss = -objective
-    gradient = -slope
-    kl_reference = None
-    if reference is not None:
-        gap = reference - current
-        log_reference = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        grown = log_reference.exp()
-        kl_reference = grown - log_reference - 1
-        if options.kl_coef > 0:
-            token_loss = token_loss + options.kl_coef * kl_reference
-            gradient = gradient + options.kl_coef * (1 - grown) * (gap == log_reference)
+    policy = _policy(positive, negative, ratio, log_ratio, is_clamped, anchor, inputs, options)
+    objective, slope = policy.objective, policy.slope
+    gap, grown = log_ratio, ratio
+    if inputs.proximal is not None:
+        gap = (inputs.proximal - inputs.behavior).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        grown = gap.exp()
+    behavior_weight = is_outside = None
+    if options.behavior_weight != "none":
+        behavior_weight, is_outside = _behavior_weight(grown, options)
+        slope, objective = slope * behavior_weight, objective * behavior_weight
+        if options.clip not in RATIO_CLIPS:
+            objective = slope * current
+    kl_value, kl_slope = _divergence(inputs, options)
+    token_loss, gradient = -objective, -slope
+    if options.kl_coef > 0 and kl_value is not None:
+        token_loss = token_loss + options.kl_coef * kl_value
+        gradient = gradient + options.kl_coef * kl_slope
     loss = (weight * token_loss).sum(dtype=torch.float64)
+    if inputs.proximal is not None:
+        gap = (current - inputs.behavior).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        grown = gap.exp()
+    is_nonfinite = ~torch.isfinite(difference + inputs.behavior)
+    is_bad_segment = ~torch.isfinite(weight * (positive + negative))
+    if is_bad_id is not None:
+        is_bad_segment = is_bad_segment | is_bad_id
     metrics = _metrics(
         {
-            "num_nonfinite": ~torch.isfinite(difference),
+            "num_nonfinite": is_nonfinite,
             "num_clamped": is_clamped,
-            "num_positive": positive,
-            "num_negative": negative,
-            "num_masked_positive": masked_positive,
-            "num_masked_negative": masked_negative,
+            "num_positive": positive > 0,
+            "num_negative": negative < 0,
+            "num_masked_positive": policy.masked_positive,
+            "num_masked_negative": policy.masked_negative,
             "sum_ratio": ratio,
             "sum_ratio_squared": ratio.double().square(),
             "sum_behavior_weight": behavior_weight,
-            "num_weight_capped": None if behavior_weight is None else ratio > options.weight_cap,
-            "sum_kl_behavior": ratio - log_ratio - 1,
-            "sum_kl_reference": kl_reference,
-            "sum_entropy": entropy,
-            "sum_advantage": advantage,
+            "num_weight_capped": is_outside,
+            "sum_kl_behavior": grown - gap - 1,
+            "sum_kl_reference": kl_value,
+            "sum_entropy": inputs.entropy,
+            "sum_advantage": positive + negative,
             "policy_loss": -(weight * objective),
+            "num_dual_clipped": policy.dual,
+            "num_bad_segments": is_bad_segment,
         },
         ratio,
+        is_nonfinite | is_bad_segment,
     )
     return loss.to(current.dtype), gradient * weight, metrics
 
 
-def _metrics(terms: dict[str, Tensor | None], ratio: Tensor) -> Tensor:
+def advantage_parts(inputs: LossInputs, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positive and the negative part of each token's advantage."""
+    if inputs.negative_advantages is not None:
+        return inputs.advantages[ids], inputs.negative_advantages[ids]
+    advantage = inputs.advantages[ids]
+    return advantage.clamp(min=0), advantage.clamp(max=0)
+
+
+def _divergence(inputs: LossInputs, options: LossOptions) -> tuple[Tensor | None, Tensor]:
+    """Return the estimate of KL(current || reference) of each token and its slope."""
+    if inputs.reference is None:
+        return None, inputs.current
+    gap = inputs.reference - inputs.current
+    r = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    is_inside = gap == r
+    if options.kl == "k1":
+        return -r, is_inside.to(r.dtype)
+    if options.kl == "k2":
+        return r.square() / 2, -r * is_inside
+    grown = r.exp()
+    return grown - r - 1, (1 - grown) * is_inside
+
+
+def _metrics(terms: dict[str, Tensor | None], ratio: Tensor, is_bad: Tensor) -> Tensor:
     """Reduce the token-wise terms (in the order of METRIC_NAMES) to one vector, without leaving the
     device.
     """
@@ -164,6 +303,8 @@ def _metrics(terms: dict[str, Tensor | None], ratio: Tensor) -> Tensor:
     sums = [zero + ratio.numel()]
     sums += [
         zero if (term := terms[name]) is None else term.sum(dtype=torch.float64)
-        for name in METRIC_NAMES[1:-2]
+        for name in METRIC_NAMES[1:NUM_ADDITIVE]
     ]
-    return torch.stack([*sums, ratio.max().double(), ratio.min().double()])
+    index = torch.arange(ratio.numel(), dtype=torch.float64, device=ratio.device)
+    first = torch.where(is_bad, index, torch.inf).min()
+    return torch.stack([*sums, ratio.max().double(), ratio.min().double(), first])

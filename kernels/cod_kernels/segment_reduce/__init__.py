@@ -1,0 +1,1 @@
+"""Deterministic sums over the tokens of each segment; see README.md."""

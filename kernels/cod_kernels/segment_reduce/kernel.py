@@ -1,0 +1,75 @@
+"""Per-segment sums on CUDA: one program per segment and split over the sorted tokens, then a fixed-order sum.
+
+Each program finds its segment by binary search, so lengths are run-time values and no host count is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+TOKENS_PER_SPLIT = 8192
+MAX_SPLITS = 64
+
+
+@triton.jit
+def _lower_bound(ids_ptr, num_tokens, wanted):
+    """Return how many sorted ids are below ``wanted``."""
+    low = wanted * 0
+    high = low + num_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(ids_ptr + middle) < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def segment_reduce_kernel(
+    values_ptr, ids_ptr, order_ptr, partial_ptr, count_ptr, num_tokens,
+    HAS_ORDER: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum one split of one segment in float64."""
+    segment = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    start = _lower_bound(ids_ptr, num_tokens, segment)
+    stop = _lower_bound(ids_ptr, num_tokens, segment + 1)
+    share = (stop - start + SPLITS - 1) // SPLITS
+    first = start + split * share
+    last = tl.minimum(first + share, stop)
+    total = tl.zeros([BLOCK], tl.float64)
+    for offset in range(first, last, BLOCK):
+        at = offset + tl.arange(0, BLOCK)
+        mask = at < last
+        if HAS_ORDER:
+            at = tl.load(order_ptr + at, mask, 0)
+        total += tl.load(values_ptr + at, mask, 0.0).to(tl.float64)
+    tl.store(partial_ptr + segment * SPLITS + split, tl.sum(total, 0))
+    if split == 0:
+        tl.store(count_ptr + segment, (stop - start).to(tl.float64))
+
+
+def splits_for(num_tokens: int, num_segments: int) -> int:
+    """Return programs per segment: a power of two that depends on the two numbers alone."""
+    wanted = triton.cdiv(num_tokens, num_segments * TOKENS_PER_SPLIT)
+    return min(MAX_SPLITS, triton.next_power_of_2(wanted))
+
+
+def launch(values: Tensor, segment_ids: Tensor, num_segments: int, is_sorted: bool) -> tuple[Tensor, Tensor]:
+    """Same contract as ``reference.segment_sums``."""
+    ids, order = segment_ids.contiguous(), segment_ids
+    if not is_sorted:
+        ids, order = torch.sort(segment_ids, stable=True)
+    splits = splits_for(values.numel(), num_segments)
+    partials = torch.empty((num_segments, splits), dtype=torch.float64, device=values.device)
+    counts = torch.empty(num_segments, dtype=torch.float64, device=values.device)
+    segment_reduce_kernel[(num_segments, splits)](
+        values.contiguous(), ids, order, partials, counts, values.numel(),
+        HAS_ORDER=not is_sorted, SPLITS=splits, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return partials.sum(1), counts

@@ -1,0 +1,29 @@
+"""The definition and the torch twin of per-segment sums: one float64 sum per segment, in token order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_sums(values: Tensor, segment_ids: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """Return (sums, counts), float64 [N] each.
+
+    On the CPU ``index_add_`` adds in token order. On CUDA it adds atomically, in any order; there the tokens
+    are sorted by segment first (stable) and summed one segment at a time.
+
+    Args:
+        values: [A].
+        segment_ids: int64 [A] in [0, N).
+        num_segments: N.
+    """
+    wide = values.double()
+    if values.device.type == "cpu":
+        sums = torch.zeros(num_segments, dtype=torch.float64).index_add_(0, segment_ids, wide)
+        return sums, torch.bincount(segment_ids, minlength=num_segments).double()
+    ordered, order = torch.sort(segment_ids, stable=True)
+    edges = torch.arange(num_segments + 1, device=values.device, dtype=ordered.dtype)
+    offsets = torch.searchsorted(ordered, edges)
+    inside = offsets.clamp(offsets[0], offsets[-1])
+    sums = torch.segment_reduce(wide[order], "sum", offsets=inside, initial=0.0)
+    return sums, (inside[1:] - inside[:-1]).double()

@@ -1,0 +1,31 @@
+"""Counts operations that make the host wait for a device: reading a number, shapes that depend on data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
+
+
+class HostReads(TorchDispatchMode):
+    """Collects the names of such operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")[1].split(".")[0]
+        if name in WAITING:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads_of(run: Any) -> list[str]:
+    """Return what ``run()`` had to wait for."""
+    with HostReads() as mode, torch.no_grad():
+        run()
+    return mode.found
