@@ -10,9 +10,7 @@ gives every known session a fresh timeout, and goes on.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import signal
 import sqlite3
 import sys
@@ -22,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import FrameType
 
-from cod_async.config.load import load_resolved, write_atomic
+from cod_async.config.load import load_resolved
 from cod_async.config.schema import Config
 from cod_async.coordinator.brain import Brain
 from cod_async.coordinator.core import Outbox
@@ -30,7 +28,7 @@ from cod_async.coordinator.meter import StatusMeter
 from cod_async.errors import StoreError, WireError
 from cod_async.store.database import RunStore
 from cod_async.store.metrics_log import MetricsLog
-from cod_async.transport.address import ADDRESS_NAME, read_address
+from cod_async.transport.address import read_address, write_address
 from cod_async.transport.server_link import ServerLink
 from cod_async.wire.messages import Hello, SegmentData
 from cod_async.wire.session import Event, Received
@@ -78,8 +76,7 @@ class Service:
         )
         self._metrics = MetricsLog(run_dir)
         self._meter = StatusMeter(self._brain, self._metrics, self._store)
-        address = json.dumps({"address": self._link.address, "pid": os.getpid()})
-        write_atomic(run_dir / ADDRESS_NAME, address.encode() + b"\n")
+        write_address(run_dir, self._link.address)
         self._manifest_told = None if self._brain.manifest is None else self._brain.manifest.version
         if self._brain.manifest is not None:
             self._link.set_manifest(self._brain.manifest)

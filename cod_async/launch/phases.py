@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cod_async.config.schema import Config
+from cod_async.durable import commit_folder
 from cod_async.errors import InputError, WorkError
 from cod_async.launch.parent import PARENT_VARIABLE
 from cod_async.launch.run_folder import child_environment, cod_command
@@ -56,20 +57,7 @@ def make_model(run_dir: Path, config: Config, tell: Tell) -> None:
     temporary = run_dir / f".{MODEL_NAME}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(config.model.path, temporary, ignore=shutil.ignore_patterns("*.bin", "*.pt", "*.pth"))
-    for path in sorted(temporary.rglob("*")):
-        if path.is_file():
-            _fsync(path)
-    _fsync(temporary)
-    os.replace(temporary, run_dir / MODEL_NAME)
-    _fsync(run_dir)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    commit_folder(temporary, run_dir / MODEL_NAME)
 
 
 def _bootstrap_text(progress: Path) -> str:

@@ -6,10 +6,13 @@ coordinator may have had to take another port.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+
+from cod_async.durable import write_atomic
 
 ADDRESS_NAME = "coordinator.json"
 
@@ -19,6 +22,12 @@ class CoordinatorAddress(msgspec.Struct, frozen=True):
 
     address: str
     pid: int
+
+
+def write_address(run_dir: Path, address: str) -> None:
+    """Say durably where this process, the coordinator of the run, listens."""
+    said = msgspec.json.encode(CoordinatorAddress(address=address, pid=os.getpid()))
+    write_atomic(run_dir / ADDRESS_NAME, said + b"\n")
 
 
 def read_address(run_dir: Path) -> str | None:
