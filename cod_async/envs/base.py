@@ -12,11 +12,14 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
 from cod_async.lifecycle.segment import Finish
+
+if TYPE_CHECKING:
+    from cod_async.lifecycle.hint import HintPrompts
 
 PromptStyle = Literal["full", "terse"]
 """``full``: English prompts for instruction-tuned models. ``terse``: a few words, for the tiny model."""
@@ -31,7 +34,9 @@ class TaskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         record: one line of the environment's data set.
         pack_seed: seed of the hidden world, equal for every task and every lifecycle of the pack (0 ..
             2^64-1).
-        position: task index in the pack, 0-based.
+        position: task index in the pack, 0-based. Every task of a Ralph pack is the same task and has the
+            same position, so an environment must not take position 0 for the start of a lifecycle: a fresh
+            object is the start.
         pack_size: number of tasks in the pack.
     """
 
@@ -68,6 +73,10 @@ class Environment(ABC):
     name: ClassVar[str]
     prompt_style: ClassVar[PromptStyle] = "full"
     is_resumable: ClassVar[bool] = True
+    is_step_penalized: ClassVar[bool] = True
+    """Whether successes lose ``lifecycle.solve_penalty * T / T_max``; False: the raw reward is trained on."""
+    is_response_cut: bool = False
+    """Set by the rollout before each :meth:`step`: whether the response was cut by its token limit."""
 
     @abstractmethod
     def reset(self, task: TaskSpec) -> str:
@@ -99,6 +108,14 @@ class Environment(ABC):
 
         Args:
             messages: alternating ``("user", text)`` and ``("assistant", text)`` of the finished episode.
+        """
+        return None
+
+    def update_prompts(self) -> HintPrompts | None:
+        """Return prompts for update episodes, or None for those of :attr:`prompt_style`.
+
+        Asked of a fresh object too (an update may be played by another actor than its task), so the answer
+        depends on the options alone.
         """
         return None
 

@@ -189,7 +189,8 @@ async def _play_pack(
                 break
             observation = result.observation
         memory["feedback"] = environment.feedback()
-        rewards.append(penalized_reward(result.raw_reward, num_steps, environment.max_steps, solve_penalty))
+        penalty = solve_penalty if environment.is_step_penalized else 0.0
+        rewards.append(penalized_reward(result.raw_reward, num_steps, environment.max_steps, penalty))
     return rewards
 
 

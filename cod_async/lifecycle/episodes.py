@@ -63,6 +63,7 @@ class Player:
     renderer: Renderer
     config: LifecycleConfig
     prompts: HintPrompts
+    update_prompts: HintPrompts
     temperature: float
     top_p: float
     max_context_tokens: int
@@ -209,6 +210,7 @@ async def solve(player: Player, state: LifecycleState, ordinal: int, session: st
         response = player.renderer.decode_response(completion.token_ids)
         messages.append(("assistant", response))
         with environment_errors(environment.name):
+            environment.is_response_cut = completion.finish == "length"
             step = await environment.step(response)
         env_metrics.update(step.metrics)
         if step.is_done:
@@ -223,7 +225,8 @@ async def solve(player: Player, state: LifecycleState, ordinal: int, session: st
         row.token_ids += player.renderer.next_turn(step.observation, is_stopped)
         if len(row.token_ids) >= player.max_context_tokens:
             result = StepResult(observation="", is_done=True, raw_reward=0.0, finish="context_overflow")
-    reward = penalized_reward(result.raw_reward, num_steps, max_steps, config.solve_penalty)
+    penalty = config.solve_penalty if environment.is_step_penalized else 0.0
+    reward = penalized_reward(result.raw_reward, num_steps, max_steps, penalty)
     metrics = env_metrics | {
         "num_steps": num_steps,
         "num_response_tokens": num_response_tokens,
@@ -310,7 +313,7 @@ def _update_opening(player: Player, state: LifecycleState, pending: PendingUpdat
 
 def _render_update(player: Player, hint: str, pending: PendingUpdate, num_kept: int) -> list[int]:
     """Render the update prompt with ``num_kept`` characters of the trajectory, half from each end."""
-    prompts, shown = player.prompts, pending.trajectory
+    prompts, shown = player.update_prompts, pending.trajectory
     if num_kept < len(shown):
         head = num_kept // 2
         shown = shown[:head] + prompts.cut_marker + shown[len(shown) - (num_kept - head) :]
@@ -321,7 +324,7 @@ def _render_update(player: Player, hint: str, pending: PendingUpdate, num_kept: 
 
 async def update(player: Player, state: LifecycleState, ordinal: int, session: str) -> Episode:
     """Play one update-context episode: one response, from which the next hint is parsed."""
-    prompts, pending = player.prompts, state.pending
+    prompts, pending = player.update_prompts, state.pending
     if pending is None:
         raise InputError(f"ordinal {ordinal} is an update, but the lifecycle's state holds no finished task")
     opening = _update_opening(player, state, pending)

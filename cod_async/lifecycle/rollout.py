@@ -155,6 +155,7 @@ async def play(
         renderer=renderer,
         config=config,
         prompts=prompts_for(environment.prompt_style),
+        update_prompts=environment.update_prompts() or prompts_for(environment.prompt_style),
         temperature=temperature,
         top_p=top_p,
         max_context_tokens=min(max_context_tokens, engine.max_context_tokens),
