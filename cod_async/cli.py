@@ -140,6 +140,7 @@ def env_show(
     preset: Annotated[str | None, typer.Option(help="Preset; default the environment's.")] = None,
     position: Annotated[int, typer.Option(help="Task index in the pack.")] = 0,
     pack_size: Annotated[int | None, typer.Option("--pack-size", help="Tasks in the pack.")] = None,
+    options: Annotated[str, typer.Option(help="Overrides of the preset's options, as JSON.")] = "{}",
     as_json: AsJson = False,
 ) -> None:
     """Show one task and its hidden world, exactly as a rollout gets them."""
@@ -147,7 +148,9 @@ def env_show(
     from cod_async.envs.commands import show
 
     fields = None if record is None else _json_object("--record", record)
-    print_answer(show(name, preset, pack_seed, fields, position, pack_size), as_json, name)
+    overrides = _json_object("--options", options)
+    answer = show(name, preset, pack_seed, fields, position, pack_size, overrides)
+    print_answer(answer, as_json, name)
 
 
 @env_app.command("play")
@@ -160,13 +163,26 @@ def env_play(
     seed: Annotated[int, typer.Option(help="Seed of packs and policy.")] = 0,
     preset: Annotated[str | None, typer.Option(help="Preset; default the environment's.")] = None,
     pack_size: Annotated[int | None, typer.Option("--pack-size", help="Tasks in a pack.")] = None,
+    strategy: Annotated[
+        str, typer.Option(help="cod: different tasks; ralph_sample, ralph_full: one task again and again.")
+    ] = "cod",
+    options: Annotated[str, typer.Option(help="Overrides of the preset's options, as JSON.")] = "{}",
     as_json: AsJson = False,
 ) -> None:
     """Play whole packs with a scripted policy: the floor (random) and the ceiling (oracle) of a curve."""
     from cod_async.commands.output import print_json, print_table
     from cod_async.envs.commands import play
 
-    answer = play(name, preset, pack_size, policy, packs, seed)
+    answer = play(
+        name,
+        preset,
+        pack_size,
+        policy,
+        packs,
+        seed,
+        options=_json_object("--options", options),
+        strategy=strategy,
+    )
     if as_json:
         print_json(answer)
         return

@@ -13,12 +13,13 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from cod_async.actor.meter import Meter, MeteredEngine
-from cod_async.config.schema import Config
+from cod_async.config.schema import Config, LifecycleConfig
 from cod_async.engines.base import Engine
 from cod_async.envs import registry
 from cod_async.envs.base import Environment, TaskSpec
 from cod_async.errors import InfrastructureError, InputError
 from cod_async.lifecycle.episodes import environment_errors
+from cod_async.lifecycle.packs import told_position
 from cod_async.lifecycle.rendering import Renderer
 from cod_async.lifecycle.rollout import LifecycleSpec, initial_state, play
 from cod_async.lifecycle.segment import LifecycleState, Segment, Version
@@ -83,7 +84,7 @@ class Life:
             member=lease.ref.member,
             lease_epoch=lease.ref.lease_epoch,
             actor=actor,
-            tasks=_tasks(lease),
+            tasks=_tasks(lease, config.lifecycle),
             sampling_seed=lease.sampling_seed,
         )
 
@@ -157,7 +158,7 @@ class _EpisodeFailed(Exception):
         self.has_progressed = has_progressed
 
 
-def _tasks(lease: Lease) -> tuple[TaskSpec, ...]:
+def _tasks(lease: Lease, config: LifecycleConfig) -> tuple[TaskSpec, ...]:
     """Return the lease's pack.
 
     Raises:
@@ -183,7 +184,7 @@ def _tasks(lease: Lease) -> tuple[TaskSpec, ...]:
             options=options,
             record=record,
             pack_seed=lease.pack_seed,
-            position=position,
+            position=told_position(config.packs, lease.ref.group, len(records), position),
             pack_size=len(records),
         )
         for position, record in enumerate(records)

@@ -120,6 +120,20 @@ def _lifecycle(config: Config) -> Problems:
             f"lifecycle.max_hint_tokens: {lifecycle.max_hint_tokens} leaves no room for a prompt in "
             f"model.max_context_tokens = {context}; lower the first or raise the second"
         )
+    for free, full, value in (
+        ("solve_length_free_tokens", "solve_length_full_tokens", lifecycle.solve_length_full_tokens),
+        ("hint_length_free_tokens", "hint_length_full_tokens", lifecycle.hint_length_full_tokens),
+    ):
+        if getattr(lifecycle, free) >= value and (value or getattr(lifecycle, free)):
+            yield (
+                f"lifecycle.{full}: {value} is not above lifecycle.{free} = {getattr(lifecycle, free)}; "
+                "raise it, or set both to 0 for no price on length"
+            )
+    if lifecycle.hint_min_tokens and not lifecycle.hint_length_full_tokens:
+        yield (
+            f"lifecycle.hint_min_tokens: {lifecycle.hint_min_tokens} has no effect without "
+            "lifecycle.hint_length_full_tokens; set that too, or this to 0"
+        )
     if lifecycle.group_size < 2:
         yield (
             f"lifecycle.group_size: {lifecycle.group_size} makes every group a singleton, whose advantages "

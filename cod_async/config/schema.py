@@ -18,6 +18,9 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 NonNegative = Annotated[float, Meta(ge=0, le=1e12)]
 PositiveFloat = Annotated[float, Meta(gt=0, le=1e12)]
 
+PackStrategy = Literal["cod", "ralph_sample", "ralph_full"]
+"""``cod``: a pack is S different tasks; the Ralph strategies repeat one task S times."""
+
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all sections: frozen, keyword-only, unknown keys refused."""
@@ -75,6 +78,13 @@ class LifecycleConfig(_Section, frozen=True, kw_only=True):
     """Lifecycles per pack (G); the baseline is taken over them."""
     carry: Literal["hint", "transcript", "none"] = "hint"
     """What goes from task to task: the hint block; the whole conversation; nothing."""
+    packs: PackStrategy = "cod"
+    """``cod``: S different tasks; ``ralph_sample``: the first task of each such pack, S times;
+    ``ralph_full``: every task, S times."""
+    has_plain_pack_seeds: bool = False
+    """Seed hidden worlds by the rows alone, as the paper's reference does: a second epoch meets the same
+    worlds again, and evaluation may meet worlds of training. Off: environment, split, run seed and group are
+    mixed in."""
     max_response_tokens: Positive = 512
     """Most generated tokens per solve response."""
     max_hint_tokens: Positive = 512
@@ -85,6 +95,19 @@ class LifecycleConfig(_Section, frozen=True, kw_only=True):
     """A hint that does not parse is rewarded with minus this."""
     solve_penalty: Fraction = 0.1
     """A success after T of T_max responses loses ``solve_penalty * T / T_max``; failures lose nothing."""
+    solve_length_free_tokens: Count = 0
+    """Responses up to this long cost a success nothing; see ``solve_length_full_tokens``."""
+    solve_length_full_tokens: Count = 0
+    """A success also loses ``solve_penalty`` times the mean over its responses of how far their length lies
+    on the way from the free length to this one (0 to 1); 0: length costs nothing."""
+    hint_length_free_tokens: Count = 0
+    """Well-formed updates up to this many generated tokens cost nothing; see ``hint_length_full_tokens``."""
+    hint_length_full_tokens: Count = 0
+    """A well-formed update loses up to ``hint_penalty``, in proportion to how far its length lies on the way
+    from the free length to this one; 0: length costs nothing."""
+    hint_min_tokens: Count = 0
+    """A well-formed update with fewer generated tokens loses ``hint_penalty``; needs
+    ``hint_length_full_tokens``."""
 
 
 class ModelConfig(_Section, frozen=True, kw_only=True):

@@ -219,7 +219,15 @@ class Leasing:
         version = core.version
         assert version is not None  # noqa: S101  (granting needs a lineage)
         group = core.store.work.next_group()
-        plan = plan_pack(config.environments, config.lifecycle.pack_size, config.run.seed, group)
+        lifecycle = config.lifecycle
+        plan = plan_pack(
+            config.environments,
+            lifecycle.pack_size,
+            config.run.seed,
+            group,
+            strategy=lifecycle.packs,
+            has_plain_seeds=lifecycle.has_plain_pack_seeds,
+        )
         new = NewGroup(
             environment=plan.environment,
             preset=plan.preset,

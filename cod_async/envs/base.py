@@ -156,6 +156,8 @@ class EnvironmentSpec(msgspec.Struct, frozen=True):
         record_at: (options, split, seed, row) -> row ``row`` >= 0 of ``records``, in constant time. For
             environments whose data set has an order that packs should follow (row numbers past its end start
             over); None: packs draw from ``records`` with a seed of their own.
+        num_records: (options, split) -> rows of the data set before it starts over; None: endless. A pack
+            needs as many different ones as it has tasks.
         truth_hint: (fresh environment, task) -> the hint, label included, that tells the task's hidden world
             in plain words; shown by the evaluation control ``truth`` (use of a hint as opposed to its
             discovery). None: no such control.
@@ -176,6 +178,7 @@ class EnvironmentSpec(msgspec.Struct, frozen=True):
     pack_seed_for: Callable[[Mapping[str, Any], str, int], int]
     policies: Mapping[str, Callable[[int], Policy]]
     record_at: Callable[[Mapping[str, Any], str, int, int], dict[str, Any]] | None = None
+    num_records: Callable[[Mapping[str, Any], str], int] | None = None
     truth_hint: Callable[[Environment, TaskSpec], str] | None = None
     has_held_out_worlds: Callable[[Mapping[str, Any]], bool] | None = None
     bootstrap_module: str = ""

@@ -12,15 +12,15 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from cod_async.algo.statistics import mean_and_sem
-from cod_async.config.schema import EnvironmentConfig, LifecycleConfig
+from cod_async.config.schema import EnvironmentConfig, LifecycleConfig, PackStrategy
 from cod_async.envs import registry
 from cod_async.envs.base import Environment, EnvironmentSpec, Policy, TaskSpec
 from cod_async.errors import EnvironmentInputError
 from cod_async.lifecycle.episodes import penalized_reward
-from cod_async.lifecycle.packs import PackPlan, Split, plan_pack
+from cod_async.lifecycle.packs import STRATEGIES, PackPlan, Split, plan_pack
 from cod_async.lifecycle.seeds import stable_seed
 
 MAX_PACK_SIZE = 10_000
@@ -112,6 +112,7 @@ def play(
     options: Mapping[str, Any] | None = None,
     split: Split = "train",
     solve_penalty: float | None = None,
+    strategy: str = "cod",
 ) -> dict[str, Any]:
     """Let a scripted policy play one lifecycle of each of ``num_packs`` packs.
 
@@ -128,6 +129,7 @@ def play(
         solve_penalty: share of the reward that a success loses when it takes all steps; None takes the
             default of the configuration, so that the numbers lie on the scale of a run's curves. 0 gives raw
             rewards.
+        strategy: packs of different tasks, or Ralph packs of one task again and again.
 
     Returns:
         ``{"reward_by_position": [{"mean", "sem"}], "episodes_per_s"}``; ``sem`` is the standard error of the
@@ -143,21 +145,24 @@ def play(
         problems.append(f"environment {name}: no policy {policy!r}; policies are {known}")
     if num_packs < 1:
         problems.append(f"the number of packs is {num_packs}; it must be at least 1")
+    if strategy not in STRATEGIES:
+        problems.append(f"no pack strategy {strategy!r}; strategies are {', '.join(STRATEGIES)}")
     if seed < 0:
         problems.append(f"the seed is {seed}; it must not be negative")
     overrides = dict(options or {})
     merged, _ = _make(spec, preset, overrides, problems)
     if problems:
         raise EnvironmentInputError(problems)
-    penalty = LifecycleConfig().solve_penalty if solve_penalty is None else solve_penalty
+    default = LifecycleConfig()
+    config = LifecycleConfig(solve_penalty=default.solve_penalty if solve_penalty is None else solve_penalty)
     mixture = [EnvironmentConfig(name=name, preset=preset, options=overrides)]
 
     async def play_all() -> list[list[float]]:
         rewards = []
         for group in range(num_packs):
-            plan = plan_pack(mixture, pack_size, seed, group, split)
+            plan = plan_pack(mixture, pack_size, seed, group, split, strategy=cast(PackStrategy, strategy))
             act = spec.policies[policy](stable_seed("policy", seed, group))
-            rewards.append(await _play_pack(spec.make(merged), plan, act, penalty))
+            rewards.append(await _play_pack(spec.make(merged), plan, act, config))
             if on_progress is not None:
                 on_progress(group + 1, num_packs)
         return rewards
@@ -174,7 +179,7 @@ def play(
 
 
 async def _play_pack(
-    environment: Environment, plan: PackPlan, act: Policy, solve_penalty: float
+    environment: Environment, plan: PackPlan, act: Policy, config: LifecycleConfig
 ) -> list[float]:
     """Play one lifecycle and return its penalised rewards; the policy's memory lasts as long."""
     memory: dict[str, Any] = {}
@@ -189,8 +194,11 @@ async def _play_pack(
                 break
             observation = result.observation
         memory["feedback"] = environment.feedback()
-        penalty = solve_penalty if environment.is_step_penalized else 0.0
-        rewards.append(penalized_reward(result.raw_reward, num_steps, environment.max_steps, penalty))
+        reward = result.raw_reward
+        if environment.is_step_penalized:
+            # Scripted responses have no tokens, so their length costs nothing.
+            reward = penalized_reward(reward, [0] * num_steps, environment.max_steps, config)
+        rewards.append(reward)
     return rewards
 
 

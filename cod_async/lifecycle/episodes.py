@@ -151,20 +151,57 @@ def environment_errors(name: str) -> Iterator[None]:
         raise InfrastructureError(f"environment {name} failed: {type(error).__name__}: {error}") from error
 
 
-def penalized_reward(raw_reward: float, num_responses: int, max_steps: int, solve_penalty: float) -> float:
-    """Return the reward that is trained on: ``max(0, r0 - c * T / T_max)`` for r0 > 0, else r0.
+def _ramp(length: int, free: int, full: int) -> float:
+    """Return how far a length lies on the way from ``free`` to ``full``, in [0, 1]; 0 without a ramp."""
+    return min(1.0, max(0.0, (length - free) / (full - free))) if full > free else 0.0
+
+
+def penalized_reward(
+    raw_reward: float,
+    response_tokens: Sequence[int],
+    max_steps: int,
+    config: LifecycleConfig,
+) -> float:
+    """Return the reward that is trained on: ``max(0, r0 - c (p + T / T_max))`` for r0 > 0, else r0.
+
+    p is the mean over responses of ``clip((n_t - L0) / (L1 - L0), 0, 1)``.
 
     Args:
         raw_reward: r0, the environment's outcome.
-        num_responses: T, policy responses in the episode.
+        response_tokens: n_t, generated tokens of each of the episode's T responses.
         max_steps: T_max, most responses the task allows.
-        solve_penalty: c in [0, 1].
+        config: c = ``solve_penalty``, L0 = ``solve_length_free_tokens``, L1 = ``solve_length_full_tokens``.
 
-    Source: the paper's step penalty on successes (arXiv 2606.20002); failures are never penalised.
+    Source: the paper's penalties on successes (arXiv 2606.20002); failures are never penalised.
     """
     if raw_reward <= 0:
         return raw_reward
-    return max(0.0, raw_reward - solve_penalty * num_responses / max(1, max_steps))
+    free, full = config.solve_length_free_tokens, config.solve_length_full_tokens
+    num_responses = len(response_tokens)
+    length = sum(_ramp(length, free, full) for length in response_tokens) / max(1, num_responses)
+    steps = num_responses / max(1, max_steps)
+    return max(0.0, raw_reward - config.solve_penalty * (length + steps))
+
+
+def update_reward(is_well_formed: bool, num_tokens: int, config: LifecycleConfig) -> float:
+    """Return the reward of an update episode, in [-``hint_penalty``, 0].
+
+    Args:
+        is_well_formed: whether a hint was parsed; without one the reward is -c.
+        num_tokens: n, generated tokens.
+        config: c = ``hint_penalty``; M0, M1 = ``hint_length_free_tokens``, ``hint_length_full_tokens``:
+            between them the reward falls from 0 to -c; n < ``hint_min_tokens`` gives -c.
+
+    Source: the paper's format and length reward (arXiv 2606.20002).
+    """
+    full = config.hint_length_full_tokens
+    if not is_well_formed:
+        return -config.hint_penalty
+    if not full:
+        return 0.0
+    if num_tokens < config.hint_min_tokens:
+        return -config.hint_penalty
+    return 0.0 - config.hint_penalty * _ramp(num_tokens, config.hint_length_free_tokens, full)
 
 
 def _solve_opening(player: Player, system: str, user: str, hint: str) -> tuple[list[int], bool]:
@@ -197,15 +234,15 @@ async def solve(player: Player, state: LifecycleState, ordinal: int, session: st
     hint = player.shown_hint(position, state.hint) if player.shown_hint else state.hint
     opening, is_hint_dropped = _solve_opening(player, system, user, hint)
     row, messages = RowBuilder(opening), [("user", user)]
-    num_steps = num_cut = num_response_tokens = 0
+    num_cut = 0
+    response_tokens: list[int] = []
     env_metrics: dict[str, float] = {}
     result: StepResult | None = None
     while result is None:
-        params = player.params(config.max_response_tokens, len(row.token_ids), ordinal, num_steps)
+        params = player.params(config.max_response_tokens, len(row.token_ids), ordinal, len(response_tokens))
         completion = await player.generate(row.token_ids, params, session)
         row.append(completion)
-        num_steps += 1
-        num_response_tokens += len(completion.token_ids)
+        response_tokens.append(len(completion.token_ids))
         num_cut += completion.finish == "length"
         response = player.renderer.decode_response(completion.token_ids)
         messages.append(("assistant", response))
@@ -216,7 +253,7 @@ async def solve(player: Player, state: LifecycleState, ordinal: int, session: st
         if step.is_done:
             result = step
             break
-        if num_steps >= max_steps:
+        if len(response_tokens) >= max_steps:
             raise InfrastructureError(
                 f"environment {environment.name} did not end after its {max_steps} steps"
             )
@@ -225,11 +262,12 @@ async def solve(player: Player, state: LifecycleState, ordinal: int, session: st
         row.token_ids += player.renderer.next_turn(step.observation, is_stopped)
         if len(row.token_ids) >= player.max_context_tokens:
             result = StepResult(observation="", is_done=True, raw_reward=0.0, finish="context_overflow")
-    penalty = config.solve_penalty if environment.is_step_penalized else 0.0
-    reward = penalized_reward(result.raw_reward, num_steps, max_steps, penalty)
+    reward = result.raw_reward
+    if environment.is_step_penalized:
+        reward = penalized_reward(reward, response_tokens, max_steps, config)
     metrics = env_metrics | {
-        "num_steps": num_steps,
-        "num_response_tokens": num_response_tokens,
+        "num_steps": len(response_tokens),
+        "num_response_tokens": sum(response_tokens),
         "num_cut_responses": num_cut,
         "is_success": result.finish == "success",
         "is_format_error": result.finish == "format_error",
@@ -333,7 +371,7 @@ async def update(player: Player, state: LifecycleState, ordinal: int, session: s
     completion = await player.generate(opening.token_ids, params, session)
     row.append(completion)
     hint = prompts.parse(player.renderer.decode_response(completion.token_ids))
-    reward = 0.0 if hint is not None else -player.config.hint_penalty
+    reward = update_reward(hint is not None, len(completion.token_ids), player.config)
     carried = prompts.failed if hint is None else hint
     metrics: dict[str, float] = {
         "num_steps": 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cod_async.envs.base import EnvironmentSpec
-from cod_async.envs.frozen_lake_obscure.dataset import pack_seed_for, record_at, records
+from cod_async.envs.frozen_lake_obscure.dataset import num_records, pack_seed_for, record_at, records
 from cod_async.envs.frozen_lake_obscure.env import FrozenLakeObscure
 from cod_async.envs.frozen_lake_obscure.options import PRESETS
 from cod_async.envs.frozen_lake_obscure.oracle import (
@@ -24,6 +24,7 @@ SPEC = EnvironmentSpec(
     pack_seed_for=pack_seed_for,
     policies={"random": random_policy, "oracle": oracle_policy, "explorer": explorer_policy},
     record_at=record_at,
+    num_records=num_records,
     truth_hint=truth_hint,
 )
 """How FrozenLake-Obscure registers itself."""

@@ -77,6 +77,11 @@ def record_at(options: Mapping[str, Any], split: str, seed: int, row: int) -> di
     return columns(parse_options(options), split, seed).row(row)
 
 
+def num_records(options: Mapping[str, Any], split: str) -> int:
+    """Return the number of rows of a split."""
+    return NUM_TRAIN_ROWS if split == "train" else NUM_HELD_OUT_ROWS
+
+
 def records(options: Mapping[str, Any], split: str, seed: int) -> Iterator[dict[str, Any]]:
     """Return an endless iterator over the data set, again and again; arguments as for :func:`columns`."""
     split_columns = columns(parse_options(options), split, seed)  # checks now, not at the first record

@@ -18,7 +18,13 @@ from cod_async.envs import registry
 from cod_async.envs.base import EnvironmentSpec
 from cod_async.envs.frozen_lake_obscure import SPEC
 from cod_async.errors import EnvironmentInputError
-from cod_async.lifecycle.packs import PackPlan, plan_pack, stable_pack_seed
+from cod_async.lifecycle.packs import (
+    PackPlan,
+    cut_packs,
+    plan_pack,
+    stable_pack_seed,
+    told_position,
+)
 from cod_async.lifecycle.seeds import derived_seed, hash64, stable_seed
 
 LAKE = EnvironmentConfig(name="frozen_lake_obscure", preset="easy")
@@ -153,3 +159,50 @@ def test_seeds_are_the_first_bytes_of_a_sha256_and_never_change() -> None:
     assert hash64("") == 0xE3B0C44298FC1C14
     assert stable_seed("sampling", 0, 1, 2) == hash64('["sampling",0,1,2]')
     assert derived_seed(7, 2, 0) == hash64("7,2,0") >> 1
+
+
+def test_padding_and_dropping_follow_the_reference() -> None:
+    """Seven tasks of one taskset and two of another, cut by hand into packs of three."""
+    tasks = [(0, 10), (1, 90), (0, 11), (0, 12), (0, 13), (1, 91), (0, 14), (0, 15), (0, 16)]
+    padded = cut_packs(tasks, 3)
+    assert [(p.taskset, p.rows) for p in padded] == [
+        (0, (10, 11, 12)),
+        (0, (13, 14, 15)),
+        (0, (16, 10, 11)),
+    ]  # taskset 1 has fewer than 3 tasks: dropped even though padding is on
+    dropped = cut_packs(tasks, 3, is_padded=False)
+    assert [p.rows for p in dropped] == [(10, 11, 12), (13, 14, 15)]
+
+
+def test_ralph_packs_of_a_list() -> None:
+    tasks = [(0, 10), (0, 11), (0, 12), (0, 13), (0, 14)]
+    assert [p.rows for p in cut_packs(tasks, 2, "ralph_sample")] == [(10, 10), (12, 12), (14, 14)]
+    assert [p.rows for p in cut_packs(tasks, 2, "ralph_sample", is_padded=False)] == [(10, 10), (12, 12)]
+    full = cut_packs(tasks, 2, "ralph_full", is_padded=False)
+    assert [p.rows for p in full] == [(row, row) for row in range(10, 15)]
+    assert [told_position("ralph_full", i, 2, 1) for i in range(len(full))] == [0, 1, 0, 1, 0]
+    assert cut_packs([(3, 7)], 4, "ralph_full")[0].rows == (7, 7, 7, 7)  # never dropped for being few
+
+
+def test_ralph_plans_repeat_one_task() -> None:
+    regular = plan_pack([LAKE], 4, 42, 7)
+    sample = plan_pack([LAKE], 4, 42, 7, strategy="ralph_sample")
+    assert sample.records == (regular.records[0],) * 4
+    assert [task.position for task in sample.tasks()] == [0, 0, 0, 0]
+    assert [task.position for task in regular.tasks()] == [0, 1, 2, 3]
+    full = plan_pack([LAKE], 4, 42, 7, strategy="ralph_full")
+    assert full.records == (SPEC.record_at(SPEC.options("easy"), "train", 42, 7),) * 4  # type: ignore[misc]
+    assert [task.position for task in full.tasks()] == [3, 3, 3, 3]
+    assert len({regular.pack_seed, sample.pack_seed, full.pack_seed}) == 3
+
+
+def test_plain_seeds_are_those_of_the_reference() -> None:
+    assert plan_pack([LAKE], 4, 42, 0, has_plain_seeds=True).pack_seed == 15069623396018555611
+    first = plan_pack([LAKE], 4, 1, 3, has_plain_seeds=True)
+    again = plan_pack([LAKE], 4, 2, 3 + 50_000 // 4, has_plain_seeds=True)
+    assert first.pack_seed == again.pack_seed  # same rows one epoch later, another run seed: same world
+
+
+def test_an_unknown_strategy_is_refused() -> None:
+    with pytest.raises(EnvironmentInputError, match="ralph_sample"):
+        plan_pack([LAKE], 4, 0, 0, strategy="ralph")  # type: ignore[arg-type]

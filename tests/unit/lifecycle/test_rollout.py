@@ -14,6 +14,7 @@ from cod_async.config.schema import LifecycleConfig
 from cod_async.envs.base import StepResult, TaskSpec
 from cod_async.envs.hidden_buttons import SPEC, HiddenButtons
 from cod_async.errors import InfrastructureError, InputError
+from cod_async.lifecycle.episodes import update_reward
 from cod_async.lifecycle.hint import TersePrompts
 from cod_async.lifecycle.rendering import Renderer
 from cod_async.lifecycle.rollout import LifecycleSpec, initial_state, penalized_reward, play
@@ -154,7 +155,38 @@ def test_a_lost_hint_is_replaced_and_punished(terse: Renderer) -> None:
     ],
 )
 def test_penalized_reward(raw: float, steps: int, limit: int, penalty: float, expected: float) -> None:
-    assert penalized_reward(raw, steps, limit, penalty) == pytest.approx(expected, abs=1e-12)
+    assert penalized_reward(raw, [3] * steps, limit, LifecycleConfig(solve_penalty=penalty)) == pytest.approx(
+        expected, abs=1e-12
+    )
+
+
+def test_length_costs_a_success() -> None:
+    config = LifecycleConfig(solve_penalty=0.1, solve_length_free_tokens=100, solve_length_full_tokens=200)
+    # lengths 50, 150, 900 lie 0, .5 and 1 on the way: mean .5; three of four steps: .75
+    assert penalized_reward(1.0, [50, 150, 900], 4, config) == pytest.approx(
+        1 - 0.1 * (0.5 + 0.75), abs=1e-12
+    )
+    assert penalized_reward(0.0, [900], 4, config) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("is_well_formed", "num_tokens", "expected"),
+    [
+        (False, 15, -0.1),
+        (True, 5, -0.1),
+        (True, 10, 0.0),
+        (True, 30, -0.05),
+        (True, 40, -0.1),
+        (True, 99, -0.1),
+    ],
+)
+def test_length_of_an_update(is_well_formed: bool, num_tokens: int, expected: float) -> None:
+    config = LifecycleConfig(
+        hint_penalty=0.1, hint_length_free_tokens=20, hint_length_full_tokens=40, hint_min_tokens=10
+    )
+    assert update_reward(is_well_formed, num_tokens, config) == pytest.approx(expected, abs=1e-12)
+    unset = LifecycleConfig(hint_penalty=0.1)
+    assert update_reward(is_well_formed, num_tokens, unset) == (0.0 if is_well_formed else -0.1)
 
 
 def test_penalties_reach_segments_and_the_updater(terse: Renderer) -> None:
