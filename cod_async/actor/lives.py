@@ -23,6 +23,7 @@ from cod_async.lifecycle.packs import told_position
 from cod_async.lifecycle.rendering import Renderer
 from cod_async.lifecycle.rollout import LifecycleSpec, initial_state, play
 from cod_async.lifecycle.segment import LifecycleState, Segment, Version
+from cod_async.lifecycle.transcript import continued
 from cod_async.wire.messages import Lease
 
 
@@ -134,7 +135,7 @@ class Life:
             )
             async for segment in episodes:
                 self._engine.seal(segment)
-                state, has_progressed = segment.state_after, True
+                state, has_progressed = continued(state, segment), True
                 self._previous, self._latest = self._latest, await self._delivery.deliver(segment)
         except InfrastructureError as error:
             raise _EpisodeFailed(state, has_progressed) from error

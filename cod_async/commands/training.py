@@ -128,7 +128,7 @@ def plan(config: Config) -> dict[str, Any]:
     Token numbers are upper bounds: they take every response at its limit and every row at the context length.
     """
     lifecycle, learner, staleness = config.lifecycle, config.learner, config.staleness
-    num_updates = lifecycle.pack_size - 1 if lifecycle.carry == "hint" else 0
+    num_updates = lifecycle.pack_size - 1 if lifecycle.has_updates else 0
     num_lifecycles = learner.groups_per_step * lifecycle.group_size
     num_segments = num_lifecycles * (lifecycle.pack_size + num_updates)
     max_tokens = num_segments * config.model.max_context_tokens

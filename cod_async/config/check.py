@@ -14,10 +14,13 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cod_async.config.schema import Config
 from cod_async.errors import ConfigError, EnvironmentInputError, InputError, StoreError
+
+if TYPE_CHECKING:
+    from cod_async.envs.base import EnvironmentSpec
 
 _BIND = re.compile(r"^tcp://(?P<host>.+):(?P<port>[0-9]{1,5})$")
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -99,16 +102,41 @@ def _environments(config: Config) -> Problems:
         try:
             options = spec.options(environment.preset, environment.options)
             spec.make(options)
+            sizes = _data_sizes(spec, options)
         except EnvironmentInputError as error:
             yield from (f"{path}: {problem}" for problem in error.problems)
+            continue
+        num_needed = config.lifecycle.pack_size if config.lifecycle.packs == "cod" else 1
+        for split, num_records in sizes.items():
+            if num_records < num_needed:
+                yield (
+                    f"{path}: its {split} data has {num_records} records, a pack needs {num_needed}; give it "
+                    "more, or lower lifecycle.pack_size"
+                )
+
+
+def _data_sizes(spec: EnvironmentSpec, options: dict[str, Any]) -> dict[str, int]:
+    """Return the number of records of each split, which reads a user's data set; endless ones are left out.
+
+    Raises:
+        EnvironmentInputError: the data set is wrong.
+    """
+    if spec.num_records is None:
+        return {}
+    return {split: spec.num_records(options, split) for split in ("train", "held_out")}
 
 
 def _lifecycle(config: Config) -> Problems:
     lifecycle, context = config.lifecycle, config.model.max_context_tokens
-    if lifecycle.carry == "transcript":
+    if lifecycle.carry == "transcript" and config.engine.on_publish == "at_episode_boundary":
         yield (
-            'lifecycle.carry: found "transcript", which this version cannot train yet; use "hint" (the '
-            'paper) or "none"'
+            'engine.on_publish: "at_episode_boundary" has no boundary to wait for with lifecycle.carry = '
+            '"transcript", whose conversation spans the lifecycle; use "in_place" or "recompute"'
+        )
+    if lifecycle.has_transcript_updates and lifecycle.carry != "transcript":
+        yield (
+            "lifecycle.has_transcript_updates: has no effect with lifecycle.carry = "
+            f'"{lifecycle.carry}"; set it to false'
         )
     if lifecycle.max_response_tokens >= context:
         yield (

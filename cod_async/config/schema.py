@@ -78,6 +78,9 @@ class LifecycleConfig(_Section, frozen=True, kw_only=True):
     """Lifecycles per pack (G); the baseline is taken over them."""
     carry: Literal["hint", "transcript", "none"] = "hint"
     """What goes from task to task: the hint block; the whole conversation; nothing."""
+    has_transcript_updates: bool = False
+    """With carry ``transcript``: also ask for a hint block between two tasks, as a turn of the
+    conversation."""
     packs: PackStrategy = "cod"
     """``cod``: S different tasks; ``ralph_sample``: the first task of each such pack, S times;
     ``ralph_full``: every task, S times."""
@@ -108,6 +111,11 @@ class LifecycleConfig(_Section, frozen=True, kw_only=True):
     hint_min_tokens: Count = 0
     """A well-formed update with fewer generated tokens loses ``hint_penalty``; needs
     ``hint_length_full_tokens``."""
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether an update-context episode lies between two tasks."""
+        return self.carry == "hint" or (self.carry == "transcript" and self.has_transcript_updates)
 
 
 class ModelConfig(_Section, frozen=True, kw_only=True):

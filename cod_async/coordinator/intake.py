@@ -15,7 +15,8 @@ from cod_async.coordinator.core import Core
 from cod_async.coordinator.grouping import Grouping
 from cod_async.coordinator.leasing import Leasing
 from cod_async.errors import WireError
-from cod_async.lifecycle.segment import Segment, Version
+from cod_async.lifecycle.segment import RowParent, Segment, Version
+from cod_async.lifecycle.transcript import NO_PARENT
 from cod_async.store.segments import Refusal, tokens_by_version
 from cod_async.store.work import GroupRow, LeaseRow
 from cod_async.wire.messages import LeaseRef, Refused, SegmentData
@@ -27,6 +28,7 @@ MAX_STRIKES = 3
 STRIKE_WINDOW_S = 60.0
 MAX_EARLY_PER_LIFECYCLE = 4
 MAX_REMEMBERED_WORLDS = 512
+MAX_REMEMBERED_MARKS = 65_536
 LOG_INTERVAL_S = 10.0
 """Drops are counted one by one and logged at most this often per actor and reason."""
 
@@ -52,6 +54,7 @@ class Intake:
         self._early: dict[tuple[int, int], list[_Early]] = {}
         self._logged_at: dict[tuple[str, str], float] = {}
         self._worlds: dict[int, GroupRow] = {}
+        self._marks: dict[tuple[int, int], RowParent] = {}
         self.expelled: set[int] = set()
 
     def take(self, session: int, data: SegmentData) -> None:
@@ -126,9 +129,14 @@ class Intake:
             detail = f"ordinal {key.ordinal}, the next one is {lease.next_ordinal}"
             self._refuse_and_take(session, seq, segment, "bad_ordinal", detail)
             return
+        if not self._follows(segment):
+            detail = f"{key} goes on from a conversation that is not the one committed before it"
+            self._refuse_and_take(session, seq, segment, "bad_transcript", detail)
+            return
         fallback = group.floor or core.version or Version(0, 0)
         core.store.segments.insert(segment, session, fallback)
         core.store.work.advance(key.group, key.member, segment.state_after.next_ordinal)
+        self._remember(segment)
         core.out.settle(session, seq)
         core.tally["segments"] += 1
         core.tally["tokens"] += segment.num_tokens
@@ -137,6 +145,28 @@ class Intake:
             core.store.work.settle(lease, "ended")
             self._leasing.ended(key.group, key.member)
             self._grouping.maybe_close(key.group)
+
+    def _follows(self, segment: Segment) -> bool:
+        """Whether a segment of a transcript goes on from the conversation that was committed before it."""
+        if segment.state_after.transcript is None or not segment.rows:
+            return True
+        at = segment.key.group, segment.key.member
+        if at not in self._marks:
+            before = self._core.store.segments.last_payload(*at)
+            transcript = None if before is None else before.state_after.transcript
+            self._marks[at] = NO_PARENT if transcript is None else transcript.mark
+        return segment.rows[0].parent == self._marks[at]
+
+    def _remember(self, segment: Segment) -> None:
+        """Note where the conversation of a lifecycle stands, if it is one; the database has it all."""
+        transcript = segment.state_after.transcript
+        if transcript is None:
+            return
+        if len(self._marks) >= MAX_REMEMBERED_MARKS:
+            self._marks.clear()
+        self._marks[segment.key.group, segment.key.member] = transcript.mark
+        if segment.is_last:
+            del self._marks[segment.key.group, segment.key.member]
 
     def _world_of(self, group: int) -> GroupRow:
         """Return a group's row; what is checked of it never changes, so the last few hundred are kept."""
@@ -174,11 +204,12 @@ class Intake:
             pack_size=group.pack_size,
             group_size=lifecycle.group_size,
             max_context_tokens=core.config.model.max_context_tokens,
+            is_transcript=lifecycle.carry == "transcript",
         )
         world = (segment.environment, segment.preset, segment.pack_seed)
         if world != (group.environment, group.preset, group.pack_seed):
             raise WireError("wrong_world", f"{world}, the group's is {group.environment}, {group.preset}")
-        stride = 2 if lifecycle.carry == "none" else 1
+        stride = 1 if lifecycle.has_updates else 2
         next_ordinal = segment.state_after.next_ordinal
         if not segment.is_last and next_ordinal != segment.key.ordinal + stride:
             raise WireError("bad_state", f"next ordinal {next_ordinal} after {segment.key.ordinal}")

@@ -17,6 +17,7 @@ from cod_async.envs import registry
 from cod_async.envs.base import canonical_json
 from cod_async.lifecycle.packs import plan_pack, stable_seed
 from cod_async.lifecycle.segment import Version
+from cod_async.lifecycle.transcript import assembled
 from cod_async.store.work import GroupRow, LeaseRow, NewGroup
 from cod_async.wire.messages import Heartbeat, Lease, LeaseRef, LeaseRequest, LeaseReturn, Leases
 
@@ -261,7 +262,11 @@ class Leasing:
         return self._core.tree.birth(version).step
 
     def _describe(self, row: LeaseRow, group: GroupRow, min_version: Version) -> Lease:
-        last = self._core.store.segments.last_payload(row.group, row.member)
+        segments = self._core.store.segments
+        last = segments.last_payload(row.group, row.member)
+        state = None if last is None else last.state_after
+        if state is not None and state.transcript is not None:
+            state = assembled(state, list(segments.payloads_of(row.group, row.member)))
         seed = stable_seed("sampling", self._core.config.run.seed, row.group, row.member) >> 2
         return Lease(
             ref=LeaseRef(row.group, row.member, row.lease_epoch),
@@ -272,7 +277,7 @@ class Leasing:
             pack_seed=group.pack_seed,
             sampling_seed=seed,
             min_version=min_version,
-            state=None if last is None else last.state_after,
+            state=state,
         )
 
     def _granted_before(self, session: int, request: int) -> list[Lease]:

@@ -16,7 +16,7 @@ from cod_async.coordinator.core import Core
 from cod_async.coordinator.grouping import Grouping, credit_settings
 from cod_async.coordinator.planner import Choice, GroupView, choose_groups, may_lease
 from cod_async.coordinator.report import step_report
-from cod_async.lifecycle.segment import Version
+from cod_async.lifecycle.segment import Segment, SegmentKey, Version
 from cod_async.store.history import StepItem, StepRow
 from cod_async.store.segments import SegmentRow
 from cod_async.store.trained import extend_trained_digest, plan_digest
@@ -186,16 +186,7 @@ class Selection:
         limit = int(self._core.config.transport.max_message_bytes * MAX_PART_FRACTION)
         part: list[TrainItem] = []
         num_bytes = 0
-        for item in self._core.store.history.items(version):
-            segment = self._core.store.segments.payload(item.key)
-            train = TrainItem(
-                key=item.key,
-                kind=segment.kind,
-                position=segment.position,
-                rows=segment.rows,
-                advantage=item.advantage,
-                lag_steps=float(item.lag_steps),
-            )
+        for train in self._items(version):
             size = len(_encoder.encode(train))
             if part and num_bytes + size > limit:
                 yield part
@@ -203,6 +194,37 @@ class Selection:
             part.append(train)
             num_bytes += size
         yield part
+
+    def _items(self, version: Version) -> Iterator[TrainItem]:
+        """Yield the planned segments, and before each those that its transcript goes on from."""
+        history, segments = self._core.store.history, self._core.store.segments
+        is_transcript = self._core.config.lifecycle.carry == "transcript"
+        last: SegmentKey | None = None
+        for item in history.items(version):
+            key = item.key
+            if is_transcript:
+                is_same = last is not None and (last.group, last.member) == (key.group, key.member)
+                after = last.ordinal if last is not None and is_same else -1
+                for ordinal in segments.ordinals_between(key.group, key.member, after, key.ordinal):
+                    context = segments.payload(SegmentKey(key.group, key.member, ordinal))
+                    yield _train_item(context, advantage=0.0, lag_steps=0.0, is_context=True)
+                last = key
+            segment = segments.payload(key)
+            yield _train_item(
+                segment, advantage=item.advantage, lag_steps=float(item.lag_steps), is_context=False
+            )
+
+
+def _train_item(segment: Segment, *, advantage: float, lag_steps: float, is_context: bool) -> TrainItem:
+    return TrainItem(
+        key=segment.key,
+        kind=segment.kind,
+        position=segment.position,
+        rows=segment.rows,
+        advantage=advantage,
+        lag_steps=lag_steps,
+        is_context=is_context,
+    )
 
 
 def report_of(plan: StepRow, metrics: dict[str, float]) -> dict[str, Any]:

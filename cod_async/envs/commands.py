@@ -19,8 +19,8 @@ from cod_async.config.schema import EnvironmentConfig, LifecycleConfig, PackStra
 from cod_async.envs import registry
 from cod_async.envs.base import Environment, EnvironmentSpec, Policy, TaskSpec
 from cod_async.errors import EnvironmentInputError
-from cod_async.lifecycle.episodes import penalized_reward
 from cod_async.lifecycle.packs import STRATEGIES, PackPlan, Split, plan_pack
+from cod_async.lifecycle.rewards import penalized_reward
 from cod_async.lifecycle.seeds import stable_seed
 
 MAX_PACK_SIZE = 10_000

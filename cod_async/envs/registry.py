@@ -19,8 +19,14 @@ GROUP = "cod_async.environments"
 """Entry point group of third-party environments."""
 
 BUILT_IN = {
+    "alchemy_random": "cod_async.envs.alchemy_random:SPEC",
     "frozen_lake_obscure": "cod_async.envs.frozen_lake_obscure:SPEC",
+    "grid_navigation": "cod_async.envs.grid_navigation:SPEC",
     "hidden_buttons": "cod_async.envs.hidden_buttons:SPEC",
+    "learn2ask": "cod_async.envs.learn2ask:SPEC",
+    "optimal_control": "cod_async.envs.optimal_control:SPEC",
+    "pde_discovery": "cod_async.envs.pde_discovery:SPEC",
+    "terminal": "cod_async.envs.terminal:SPEC",
 }
 """Environments of this package: name -> ``module:attribute``."""
 

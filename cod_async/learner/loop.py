@@ -111,9 +111,10 @@ class Learner:
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, msgspec.msgpack.encode({"plan_digest": plan_digest, "items": items}))
             raise NumericsError(f"{error}; its batch is kept in {path}") from None
-        lags = [item.lag_steps for item in items]
+        trained = [item for item in items if not item.is_context]
+        lags = [item.lag_steps for item in trained]
         metrics |= {
-            "num_segments": float(len(items)),
+            "num_segments": float(len(trained)),
             "lag_mean": sum(lags) / len(lags),
             "lag_max": max(lags),
             "wait_s": wait_s,

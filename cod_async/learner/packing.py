@@ -1,5 +1,6 @@
 """From segments to rectangles: rows of similar length side by side, padded on the right.
 
+The deltas of a transcript are put end to end first: one row with many segments, each with its own advantage.
 On a CPU a causal attention over ragged packed rows is many times slower than over a rectangle, so rows are
 bucketed by length. The cut into rectangles minimises padded tokens plus a fixed cost per rectangle (dynamic
 programme over the distinct lengths). Everything is a function of the sorted items alone, so results do not
@@ -17,6 +18,8 @@ import numpy.typing as npt
 import torch
 
 from cod_async.errors import WorkError
+from cod_async.lifecycle.segment import Row, RowParent
+from cod_async.lifecycle.transcript import mark_after
 from cod_async.wire.messages import TrainItem
 
 RECTANGLE_OVERHEAD_TOKENS = 192
@@ -38,8 +41,8 @@ class FlatRows:
         tokens: int64 [sum of lengths].
         starts: int64 [R], where each row begins in ``tokens``.
         lengths: int64 [R].
-        row_segments: int64 [R], index of the row's item.
-        action_rows: int64 [A], row of each action token.
+        action_items: int64 [A], index of the item of each action token.
+        action_rows: int64 [A], its row.
         action_offsets: int64 [A], its position in the row (>= 1).
         behavior_logprobs: float32 [A].
         advantages: float64 [N], one per item.
@@ -48,7 +51,7 @@ class FlatRows:
     tokens: IntArray
     starts: IntArray
     lengths: IntArray
-    row_segments: IntArray
+    action_items: IntArray
     action_rows: IntArray
     action_offsets: IntArray
     behavior_logprobs: npt.NDArray[np.float32]
@@ -76,6 +79,7 @@ class MicroBatch:
         behavior_logprobs: float32 [A].
         segment_ids: int64 [A], index of the item.
         num_tokens: tokens that are not padding.
+        num_trained: action tokens from this one on get no gradient.
     """
 
     input_ids: torch.Tensor
@@ -84,6 +88,7 @@ class MicroBatch:
     behavior_logprobs: torch.Tensor
     segment_ids: torch.Tensor
     num_tokens: int
+    num_trained: int
 
 
 def _concatenate(parts: Sequence[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
@@ -97,6 +102,44 @@ def _ranges(starts: IntArray, sizes: IntArray) -> IntArray:
     return np.repeat(starts, sizes) + offsets
 
 
+class _Pieces:
+    """The rows of the items as they come, and where each of them goes.
+
+    A row that stands for itself is one piece. The deltas of a transcript follow each other, because items are
+    sorted by key, and become one row.
+
+    Attributes:
+        rows: the P pieces.
+        items: index of each piece's item.
+        row_of: index of the row that each piece belongs to.
+        offsets: where each piece begins in its row.
+        num_rows: rows, R.
+    """
+
+    def __init__(self, items: Sequence[TrainItem]) -> None:
+        self.rows: list[Row] = []
+        self.items: list[int] = []
+        self.row_of: list[int] = []
+        self.offsets: list[int] = []
+        self.num_rows = 0
+        tail: tuple[tuple[int, int], RowParent] | None = None  # lifecycle and mark of an unfinished row
+        for index, item in enumerate(items):
+            for row in item.rows:
+                parent, lifecycle = row.parent, (item.key.group, item.key.member)
+                is_continued = parent is not None and parent.num_tokens > 0
+                if is_continued and tail != (lifecycle, parent):
+                    raise WorkError(
+                        f"segment {item.key}: its tokens go on from {parent}, which the segments before it "
+                        "do not add up to; its transcript has a hole, look at it with cod inspect"
+                    )
+                self.num_rows += not is_continued
+                self.rows.append(row)
+                self.items.append(index)
+                self.row_of.append(self.num_rows - 1)
+                self.offsets.append(parent.num_tokens if parent is not None else 0)
+                tail = None if parent is None else (lifecycle, mark_after(row))
+
+
 def flatten(items: Sequence[TrainItem], *, vocab_size: int, max_row_tokens: int | None = None) -> FlatRows:
     """Lay the rows of a step end to end and check them.
 
@@ -107,46 +150,58 @@ def flatten(items: Sequence[TrainItem], *, vocab_size: int, max_row_tokens: int 
 
     Raises:
         WorkError: a row that no engine can have produced: empty, an id outside the vocabulary, an action span
-            that starts at token 0 or ends behind the row, or log-probs that do not match the spans.
+            that starts at token 0 or ends behind the row, log-probs that do not match the spans, or a
+            transcript with a hole.
     """
-    rows = [(index, row) for index, item in enumerate(items) for row in item.rows]
-    lengths = np.array([row.token_ids.length for _, row in rows], dtype=np.int64)
+    pieces = _Pieces(items)
+    piece_items = np.array(pieces.items, dtype=np.int64)
+    row_of = np.array(pieces.row_of, dtype=np.int64)
+    offsets = np.array(pieces.offsets, dtype=np.int64)
+    sizes = np.array([row.token_ids.length for row in pieces.rows], dtype=np.int64)
+    lengths = np.bincount(row_of, weights=sizes, minlength=pieces.num_rows).astype(np.int64)
     spans = np.array(
-        [(r, start, stop) for r, (_, row) in enumerate(rows) for start, stop in row.action_spans],
+        [(p, start, stop) for p, row in enumerate(pieces.rows) for start, stop in row.action_spans],
         dtype=np.int64,
     ).reshape(-1, 3)
-    tokens = _concatenate([row.token_ids.numpy() for _, row in rows], np.int64)
-    behavior = _concatenate([row.behavior_logprobs.numpy() for _, row in rows], np.float32)
-    sizes = spans[:, 2] - spans[:, 1]
-    counts = np.bincount(spans[:, 0], weights=sizes, minlength=len(rows)).astype(np.int64)
-    expected = np.array([row.behavior_logprobs.length for _, row in rows], dtype=np.int64)
+    owners, span_sizes = spans[:, 0], spans[:, 2] - spans[:, 1]
+    tokens = _concatenate([row.token_ids.numpy() for row in pieces.rows], np.int64)
+    behavior = _concatenate([row.behavior_logprobs.numpy() for row in pieces.rows], np.float32)
+    counts = np.bincount(owners, weights=span_sizes, minlength=row_of.size).astype(np.int64)
+    expected = np.array([row.behavior_logprobs.length for row in pieces.rows], dtype=np.int64)
     limit = np.iinfo(np.int64).max if max_row_tokens is None else max_row_tokens
-    bad_rows = (lengths < 1) | (lengths > limit) | (counts != expected)
-    bad_spans = (spans[:, 1] < 1) | (sizes < 1) | (spans[:, 2] > lengths[spans[:, 0]])
-    starts = np.cumsum(lengths) - lengths
-    bad_tokens = (tokens < 0) | (tokens >= vocab_size)
-    for mask, owners, what in (
+    for mask, pieces_of, what in (
         (
-            bad_rows,
-            np.arange(len(rows)),
+            (sizes < 1) | (lengths[row_of] > limit) | (counts != expected),
+            np.arange(row_of.size),
             f"is empty, longer than {limit}, or has log-probs that miss its spans",
         ),
-        (bad_spans, spans[:, 0], "has an action span outside [1, length)"),
-        (bad_tokens, np.repeat(np.arange(len(rows)), lengths), f"has a token id outside [0, {vocab_size})"),
+        (
+            (spans[:, 1] + offsets[owners] < 1) | (span_sizes < 1) | (spans[:, 2] > sizes[owners]),
+            owners,
+            "has an action span outside [1, length)",
+        ),
+        (
+            (tokens < 0) | (tokens >= vocab_size),
+            np.repeat(np.arange(row_of.size), sizes),
+            f"has a token id outside [0, {vocab_size})",
+        ),
     ):
         if mask.any():
-            item = items[rows[int(owners[int(np.argmax(mask))])][0]]
+            item = items[pieces.items[int(pieces_of[int(np.argmax(mask))])]]
             raise WorkError(
                 f"segment {item.key}: a row {what}; it cannot be trained on, look at it with cod inspect"
             )
+    is_trained = ~np.array([items[index].is_context for index in pieces.items], dtype=np.bool_)
+    kept = is_trained[owners]
+    owners, span_sizes = owners[kept], span_sizes[kept]
     return FlatRows(
         tokens=tokens,
-        starts=starts,
+        starts=np.cumsum(lengths) - lengths,
         lengths=lengths,
-        row_segments=np.array([index for index, _ in rows], dtype=np.int64),
-        action_rows=np.repeat(spans[:, 0], sizes),
-        action_offsets=_ranges(spans[:, 1], sizes),
-        behavior_logprobs=behavior,
+        action_items=np.repeat(piece_items[owners], span_sizes),
+        action_rows=np.repeat(row_of[owners], span_sizes),
+        action_offsets=_ranges(spans[kept, 1] + offsets[owners], span_sizes),
+        behavior_logprobs=behavior[np.repeat(is_trained, expected)],
         advantages=np.array([item.advantage for item in items], dtype=np.float64),
     )
 
@@ -193,27 +248,57 @@ def rectangles(
     return result
 
 
+def upload(array: npt.NDArray[Any], device: torch.device | str) -> torch.Tensor:
+    """Return ``array`` on ``device``, without making the host wait for it."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def micro_batches(
-    flat: FlatRows, max_tokens: int, device: torch.device | str = "cpu"
+    flat: FlatRows,
+    max_tokens: int,
+    device: torch.device | str = "cpu",
+    *,
+    is_trained: npt.NDArray[np.bool_] | None = None,
 ) -> Iterator[MicroBatch]:
-    """Yield the step's rectangles with their action tokens, in a fixed order."""
+    """Yield the step's rectangles with their action tokens, in a fixed order.
+
+    Args:
+        flat: the step.
+        max_tokens: budget of a rectangle.
+        device: where the tensors go.
+        is_trained: bool [N], items whose tokens get a gradient. Their rows come first, in rectangles of their
+            own, and so do their tokens in each rectangle. All do, and nothing is sorted, when None.
+    """
     action_counts = np.bincount(flat.action_rows, minlength=flat.lengths.size)
     action_starts = np.cumsum(action_counts) - action_counts
-    for rows in rectangles(flat.lengths, max_tokens):
+    groups = [np.arange(flat.lengths.size)]
+    if is_trained is not None:
+        rows_trained = np.unique(flat.action_rows[is_trained[flat.action_items]])
+        groups = [rows_trained, np.setdiff1d(groups[0], rows_trained)]
+    for rows in (group[part] for group in groups for part in rectangles(flat.lengths[group], max_tokens)):
         lengths = flat.lengths[rows]
         width = int(lengths.max())
         grid = np.zeros((rows.size, width), dtype=np.int64)
         grid[np.arange(width) < lengths[:, None]] = flat.tokens[_ranges(flat.starts[rows], lengths)]
         counts = action_counts[rows]
         actions = _ranges(action_starts[rows], counts)
-        offsets = flat.action_offsets[actions]
         local = np.repeat(np.arange(rows.size), counts)
+        num_trained = actions.size
+        if is_trained is not None:
+            comes_last = ~is_trained[flat.action_items[actions]]
+            order = np.argsort(comes_last, kind="stable")
+            actions, local = actions[order], local[order]
+            num_trained -= int(comes_last.sum())
+        offsets = flat.action_offsets[actions]
         arrays = (
             grid,
             local * width + offsets - 1,
             grid[local, offsets],
             flat.behavior_logprobs[actions],
-            flat.row_segments[flat.action_rows[actions]],
+            flat.action_items[actions],
         )
-        ids, predictors, targets, behavior, segments = (torch.from_numpy(a).to(device) for a in arrays)
-        yield MicroBatch(ids, predictors, targets, behavior, segments, int(lengths.sum()))
+        ids, predictors, targets, behavior, segments = (upload(a, device) for a in arrays)
+        yield MicroBatch(ids, predictors, targets, behavior, segments, int(lengths.sum()), num_trained)

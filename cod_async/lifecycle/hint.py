@@ -85,6 +85,24 @@ class HintPrompts(ABC):
         """
 
     @abstractmethod
+    def outcome(self, reward: float, feedback: str) -> str:
+        """Return how a transcript tells the outcome of a task: at the start of the next user message."""
+
+    @abstractmethod
+    def next_task(self, outcome: str, new_rules: str, user: str) -> str:
+        """Return the user message that opens the next task of a transcript.
+
+        Args:
+            outcome: of the last task, from :meth:`outcome`; empty if an update has told it already.
+            new_rules: the environment's rules if they differ from those that opened the conversation.
+            user: the task's first observation.
+        """
+
+    @abstractmethod
+    def transcript_update(self, outcome: str, notice_tokens: int = 0) -> str:
+        """Return the user message that asks for a hint block inside a transcript."""
+
+    @abstractmethod
     def trajectory(self, env_system: str, messages: Sequence[tuple[str, str]]) -> str:
         """Return the generic trajectory text of an episode, for environments without one of their own.
 
@@ -155,6 +173,22 @@ class FullPrompts(HintPrompts):
         )
         return system, user
 
+    def outcome(self, reward: float, feedback: str) -> str:
+        """Return one line with the reward (three decimals) and the feedback."""
+        return f"The task is over. Reward: {reward:.3f}. {feedback.strip()}".strip()
+
+    def next_task(self, outcome: str, new_rules: str, user: str) -> str:
+        """Return the outcome, new rules and the observation as paragraphs."""
+        parts = [outcome, "Next task.", new_rules.strip(), user]
+        return "\n\n".join(part for part in parts if part)
+
+    def transcript_update(self, outcome: str, notice_tokens: int = 0) -> str:
+        """Return the outcome, the updater's instructions and the length request as paragraphs."""
+        parts = [outcome, _fill(_text("update_system"), start=self.start, end=self.end)]
+        if notice_tokens:
+            parts.append(_fill(_text("update_length"), num_tokens=str(notice_tokens)))
+        return "\n\n".join(parts)
+
     def trajectory(self, env_system: str, messages: Sequence[tuple[str, str]]) -> str:
         """Return one block with the rules and one block per step, separated by blank lines."""
         blocks = [f"Rules given to the solver:\n{env_system.strip()}"] if env_system.strip() else []
@@ -213,6 +247,18 @@ class TersePrompts(HintPrompts):
         """Return ``Write <hint> .`` and ``<trajectory> ; <feedback> reward <r> .``."""
         record = " ; ".join(part for part in (trajectory.strip(), feedback.strip()) if part)
         return f"Write {previous_hint} .", f"{record} reward {terse_number(reward)} ."
+
+    def outcome(self, reward: float, feedback: str) -> str:
+        """Return ``<feedback> reward <r>``."""
+        return f"{feedback.strip()} reward {terse_number(reward)}".strip()
+
+    def next_task(self, outcome: str, new_rules: str, user: str) -> str:
+        """Return outcome, new rules and observation, separated by semicolons."""
+        return " ; ".join(part for part in (outcome, new_rules.strip(), user) if part)
+
+    def transcript_update(self, outcome: str, notice_tokens: int = 0) -> str:
+        """Return ``<outcome> ; Write .``."""
+        return f"{outcome} ; Write ."
 
     def trajectory(self, env_system: str, messages: Sequence[tuple[str, str]]) -> str:
         """Return the messages in order, separated by semicolons."""

@@ -3,7 +3,7 @@
 Every episode starts from the :class:`~cod_async.lifecycle.segment.LifecycleState` of the segment before it
 and from nothing else, which is what makes it possible to go on from any sealed segment at another actor with
 the same result. Seeds are derived from the lifecycle's sampling seed and the episode's ordinal, never from
-what was played before. The episodes themselves are in :mod:`.episodes`.
+what was played before. The episodes themselves are in :mod:`.solving` and :mod:`.updating`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,8 @@ from contextlib import suppress
 from cod_async.config.schema import LifecycleConfig
 from cod_async.engines.base import Engine
 from cod_async.envs.base import Environment
-from cod_async.errors import EngineError, InfrastructureError, InputError
-from cod_async.lifecycle.episodes import (
-    Episode,
-    LifecycleSpec,
-    Player,
-    ShownHint,
-    environment_errors,
-    penalized_reward,
-    solve,
-    update,
-)
+from cod_async.errors import EngineError, InfrastructureError
+from cod_async.lifecycle.episodes import Episode, LifecycleSpec, Player, ShownHint, environment_errors
 from cod_async.lifecycle.hint import prompts_for
 from cod_async.lifecycle.rendering import Renderer
 from cod_async.lifecycle.segment import (
@@ -37,12 +28,14 @@ from cod_async.lifecycle.segment import (
     kind_and_position,
     num_episodes,
 )
+from cod_async.lifecycle.solving import solve
+from cod_async.lifecycle.transcript import continued
+from cod_async.lifecycle.updating import update
 
 __all__ = [
     "LifecycleSpec",
     "ShownHint",
     "initial_state",
-    "penalized_reward",
     "play",
 ]
 
@@ -81,7 +74,7 @@ def _seal(player: Player, ordinal: int, episode: Episode, wall_s: float) -> Segm
         pack_seed=task.pack_seed,
         kind=kind,
         position=position,
-        rows=(episode.row,),
+        rows=() if episode.row is None else (episode.row,),
         reward=float(episode.reward),
         raw_reward=float(episode.raw_reward),
         finish=episode.finish,
@@ -92,18 +85,17 @@ def _seal(player: Player, ordinal: int, episode: Episode, wall_s: float) -> Segm
     )
 
 
-async def _play_episode(player: Player, kind: EpisodeKind, state: LifecycleState) -> Segment:
-    """Play the next episode in an engine session of its own, released whatever happens."""
-    spec, ordinal = player.spec, state.next_ordinal
-    session = f"{spec.run}/g{spec.group}.m{spec.member}.e{spec.lease_epoch}.o{ordinal}"
+def _session(spec: LifecycleSpec, ordinal: int) -> str:
+    """Name the engine session that begins with an episode."""
+    return f"{spec.run}/g{spec.group}.m{spec.member}.e{spec.lease_epoch}.o{ordinal}"
+
+
+async def _play_episode(player: Player, kind: EpisodeKind, state: LifecycleState, session: str) -> Segment:
+    """Play the next episode."""
     start_s = time.monotonic()
-    try:
-        play_kind = solve if kind == "solve" else update
-        episode = await play_kind(player, state, ordinal, session)
-    finally:
-        with suppress(EngineError):  # a closed engine has already released everything
-            await player.engine.close_session(session)
-    return _seal(player, ordinal, episode, time.monotonic() - start_s)
+    play_kind = solve if kind == "solve" else update
+    episode = await play_kind(player, state, state.next_ordinal, session)
+    return _seal(player, state.next_ordinal, episode, time.monotonic() - start_s)
 
 
 async def play(
@@ -127,12 +119,14 @@ async def play(
 
     Args:
         spec: the lifecycle; its pack size is ``len(spec.tasks)``.
-        state: :func:`initial_state`, or the ``state_after`` of any sealed segment of this lifecycle.
+        state: :func:`initial_state`, or the ``state_after`` of any sealed segment of this lifecycle (with
+            carry ``transcript`` completed by :func:`cod_async.lifecycle.transcript.continued`).
         engine: where tokens come from.
         environment: this lifecycle's own environment object.
         renderer: the model's template family.
-        config: rewards, penalties, lengths, and what is carried (``hint`` or ``none``; with ``none`` no
-            updates are played, the hint stays the placeholder, and solve j keeps ordinal 2j).
+        config: rewards, penalties, lengths, and what is carried: ``hint``; ``none`` (no updates are played,
+            the hint stays the placeholder, and solve j keeps ordinal 2j); ``transcript`` (one growing
+            conversation, see :mod:`.transcript`; updates only if asked for).
         temperature: sampling temperature, > 0.
         top_p: nucleus cut in (0, 1].
         max_context_tokens: longest row; the engine's own limit holds too.
@@ -142,12 +136,8 @@ async def play(
     Raises:
         InfrastructureError: engine or environment failed; nothing was scored, the episode may be played
             again.
-        InputError: a prompt cannot fit the context, a record is wrong, or the carry is not playable.
+        InputError: a prompt cannot fit the context, or a record is wrong.
     """
-    if config.carry == "transcript":
-        raise InputError(
-            "lifecycle.carry = 'transcript' cannot be played by this version; use 'hint' or 'none'"
-        )
     player = Player(
         spec=spec,
         engine=engine,
@@ -161,9 +151,31 @@ async def play(
         max_context_tokens=min(max_context_tokens, engine.max_context_tokens),
         shown_hint=shown_hint,
     )
-    while state.next_ordinal < num_episodes(len(spec.tasks)):
-        if before_episode is not None:
-            await before_episode(state.next_ordinal)
-        segment = await _play_episode(player, kind_and_position(state.next_ordinal)[0], state)
-        state = segment.state_after
-        yield segment
+    session = _session(spec, state.next_ordinal)
+    is_kept = (
+        config.carry == "transcript"
+    )  # its episodes extend each other: the engine keeps what it computed
+    try:
+        while state.next_ordinal < num_episodes(len(spec.tasks)):
+            if before_episode is not None:
+                await before_episode(state.next_ordinal)
+            if not is_kept:
+                session = _session(spec, state.next_ordinal)
+            try:
+                segment = await _play_episode(
+                    player, kind_and_position(state.next_ordinal)[0], state, session
+                )
+            finally:
+                if not is_kept:
+                    await _close(engine, session)
+            state = continued(state, segment)
+            yield segment
+    finally:
+        if is_kept:
+            await _close(engine, session)
+
+
+async def _close(engine: Engine, session: str) -> None:
+    """Release an engine session whatever happened; a closed engine has already released everything."""
+    with suppress(EngineError):
+        await engine.close_session(session)

@@ -45,6 +45,18 @@ class VersionSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_tokens: int
 
 
+class RowParent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The token sequence that a delta extends (carry ``transcript``).
+
+    Attributes:
+        num_tokens: its length; 0 for the first delta of a lifecycle.
+        digest: digest chained over its deltas (see :mod:`.transcript`); empty for the first.
+    """
+
+    num_tokens: int
+    digest: str
+
+
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One token sequence with its action spans; turns whose prompts extend each other share one row.
 
@@ -56,6 +68,8 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         temperature.
         versions: run-length coded policy versions of the A action tokens, in order.
         planes: optional named per-token byte planes [T] (reserved: MoE router choices, other scores).
+        parent: with carry ``transcript``, the sequence that ``token_ids`` goes on from (then all of the above
+            count from its end); None for a row that stands for itself.
     """
 
     token_ids: Array
@@ -63,6 +77,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     behavior_logprobs: Array
     versions: tuple[VersionSpan, ...]
     planes: dict[str, Array] = {}
+    parent: RowParent | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +98,24 @@ class PendingUpdate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     feedback: str
 
 
+class Transcript(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The conversation of a lifecycle under carry ``transcript``.
+
+    Attributes:
+        mark: its length and digest.
+        system_digest: digest of the rules that opened it.
+        is_stopped: whether its last response was ended by the policy (else the next turn supplies the end).
+        outcome: what the next task's first message says of the last one.
+        token_ids: int32, the conversation itself; absent in sealed segments, which are its deltas.
+    """
+
+    mark: RowParent
+    system_digest: str = ""
+    is_stopped: bool = True
+    outcome: str = ""
+    token_ids: Array | None = None
+
+
 class LifecycleState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a lifecycle stands between two episodes; enough to continue it anywhere.
 
@@ -92,6 +125,7 @@ class LifecycleState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         task_rewards: final (penalised) rewards of solve 0 .. so far.
         pending: present when the next episode is an update.
         environment_state: the environment's own snapshot (pack-level state), versioned by the environment.
+        transcript: the conversation so far, with carry ``transcript``.
     """
 
     next_ordinal: int
@@ -99,6 +133,7 @@ class LifecycleState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task_rewards: tuple[float, ...] = ()
     pending: PendingUpdate | None = None
     environment_state: bytes = b""
+    transcript: Transcript | None = None
 
 
 class SegmentKey(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=True):

@@ -66,9 +66,16 @@ def format_duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+MAX_SHOWN_POSITIONS = 12
+"""Longer curves are shortened where a line has to hold them; tables and plots have them whole."""
+
+
 def format_curve(means: list[float | None]) -> str:
-    """Return a position curve like ``.27 .48 .61 .63``."""
-    return " ".join("-" if mean is None else f"{mean:.2f}".replace("0.", ".", 1) for mean in means) or "-"
+    """Return a position curve like ``.27 .48 .61 .63``; of a long one the first three, the middle, the last."""
+    words = ["-" if mean is None else f"{mean:.2f}".replace("0.", ".", 1) for mean in means]
+    if len(words) > MAX_SHOWN_POSITIONS:
+        words = [*words[:3], "…", words[len(words) // 2], "…", words[-1]]
+    return " ".join(words) or "-"
 
 
 def _number(value: float | None, pattern: str) -> str:

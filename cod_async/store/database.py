@@ -123,7 +123,7 @@ class RunStore:
 
     def prune_payloads(self, before_step: int) -> int:
         """Delete payloads that no resume can need: of segments trained before ``before_step``, and of dropped
-        ones.
+        ones whose group has none trained later.
 
         Segments of groups that are still being worked on keep theirs. Returns the number deleted.
         """
@@ -134,8 +134,11 @@ class RunStore:
             "CREATE TEMP TABLE doomed AS SELECT segments.payload, segments.grp, member, ordinal "
             "FROM segments INDEXED BY segments_payload CROSS JOIN groups USING (grp) "
             "WHERE segments.payload IS NOT NULL AND groups.state IN ('trained', 'dropped') "
-            "AND ((segments.state = 'trained' AND segments.trained_step < ?) OR segments.state = 'dropped')",
-            (before_step,),
+            "AND ((segments.state = 'trained' AND segments.trained_step < ?) OR (segments.state = 'dropped' "
+            # a transcript's dropped segments are the context of those that a resume may train again
+            "AND NOT EXISTS (SELECT 1 FROM segments AS other WHERE other.grp = segments.grp "
+            "AND other.state = 'trained' AND other.trained_step >= ?)))",
+            (before_step, before_step),
         )
         self._connection.execute(
             "UPDATE segments SET payload = NULL WHERE (grp, member, ordinal) IN "

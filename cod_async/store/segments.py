@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -206,6 +206,27 @@ class SegmentTable:
             "SELECT max(ordinal) FROM segments WHERE grp = ? AND member = ?", (group, member)
         ).fetchone()
         return None if found[0] is None else self.payload(SegmentKey(group, member, int(found[0])))
+
+    def ordinals_between(self, group: int, member: int, after: int, before: int) -> list[int]:
+        """Return the ordinals of a lifecycle's committed segments, both ends excluded, ascending."""
+        rows = self._connection.execute(
+            "SELECT ordinal FROM segments WHERE grp = ? AND member = ? AND ordinal > ? AND ordinal < ? "
+            "ORDER BY ordinal",
+            (group, member, after, before),
+        )
+        return [int(ordinal) for (ordinal,) in rows]
+
+    def payloads_of(self, group: int, member: int) -> Iterator[Segment]:
+        """Yield the committed segments of a lifecycle in order.
+
+        Raises:
+            StoreError: one of them has no payload any more.
+        """
+        ordinals = self._connection.execute(
+            "SELECT ordinal FROM segments WHERE grp = ? AND member = ? ORDER BY ordinal", (group, member)
+        ).fetchall()
+        for (ordinal,) in ordinals:
+            yield self.payload(SegmentKey(group, member, int(ordinal)))
 
     def set_ready(self, key: SegmentKey, return_value: float, baseline: float, advantage: float) -> None:
         """Record a waiting segment's credit; it is trainable from now on."""

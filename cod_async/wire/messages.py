@@ -291,6 +291,8 @@ class TrainItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         rows: token rows.
         advantage: after baseline and RED.
         lag_steps: learner step minus the step of its oldest token.
+        is_context: not selected, and sent only because selected segments of the same transcript go on from
+            it; its tokens carry no loss.
     """
 
     key: SegmentKey
@@ -299,6 +301,7 @@ class TrainItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     rows: tuple[Row, ...]
     advantage: float
     lag_steps: float
+    is_context: bool = False
 
 
 class StepBatch(_Message, frozen=True, tag="step_batch"):

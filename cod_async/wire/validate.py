@@ -15,6 +15,7 @@ import numpy as np
 
 from cod_async.errors import WireError
 from cod_async.lifecycle.segment import LifecycleState, Row, Segment, Version, kind_and_position, num_episodes
+from cod_async.lifecycle.transcript import mark_after
 
 MAX_INT = 1 << 62
 MAX_REWARD = 1e9
@@ -35,6 +36,7 @@ def validate_segment(
     max_metrics: int = 256,
     newest: Version | None = None,
     logprob_epsilon: float = 1e-6,
+    is_transcript: bool = False,
 ) -> None:
     """Check one segment's claims; return nothing if it may be trained on.
 
@@ -49,12 +51,13 @@ def validate_segment(
         max_metrics: most entries in ``metrics``.
         newest: newest policy version that was published; a token from a later one is refused.
         logprob_epsilon: a log-prob may exceed 0 by this much (rounding in the engine), in nats.
+        is_transcript: whether segments are deltas of a growing conversation (carry ``transcript``).
 
     Raises:
         WireError: with one of the codes ``wrong_run``, ``bad_name``, ``bad_key``, ``bad_kind``,
             ``bad_position``, ``bad_state``, ``bad_is_last``, ``bad_reward``, ``bad_metrics``, ``bad_rows``,
             ``bad_dtype``, ``bad_spans``, ``bad_logprobs``, ``bad_token_ids``, ``bad_versions``,
-            ``bad_planes``, ``row_too_long``, ``future_version``, ``no_action_tokens``.
+            ``bad_planes``, ``bad_transcript``, ``row_too_long``, ``future_version``, ``no_action_tokens``.
     """
     if segment.run != run:
         raise WireError("wrong_run", f"segment of run {segment.run!r}, this is run {run!r}")
@@ -67,6 +70,7 @@ def validate_segment(
         _check_row(row, vocab_size, max_context_tokens)
         _check_logprobs(row, logprob_epsilon)
         _check_versions(row, newest)
+    _check_transcript(segment, is_transcript)
     # An episode whose first prompt does not fit the context generates nothing; every other one must.
     if segment.num_action_tokens == 0 and segment.finish != "context_overflow":
         raise WireError("no_action_tokens", f"{segment.key} generated nothing")
@@ -140,9 +144,11 @@ def _check_row(row: Row, vocab_size: int | None, max_context_tokens: int | None)
     num_tokens = row.num_tokens
     if num_tokens == 0:
         raise WireError("bad_rows", "a row without tokens")
-    if max_context_tokens is not None and num_tokens > max_context_tokens:
+    num_before = 0 if row.parent is None else row.parent.num_tokens
+    if max_context_tokens is not None and num_before + num_tokens > max_context_tokens:
         raise WireError(
-            "row_too_long", f"row of {num_tokens} tokens, at most {max_context_tokens} are allowed"
+            "row_too_long",
+            f"row of {num_before + num_tokens} tokens, at most {max_context_tokens} are allowed",
         )
     # As unsigned, a negative id is a huge one: one comparison finds both.
     highest = int(np.frombuffer(row.token_ids.data, _UINT32).max())
@@ -163,6 +169,22 @@ def _check_row(row: Row, vocab_size: int | None, max_context_tokens: int | None)
             raise WireError(
                 "bad_planes", f"{name[:128]!r}: {plane.length} x {plane.dtype} for {num_tokens} tokens"
             )
+
+
+def _check_transcript(segment: Segment, is_transcript: bool) -> None:
+    """A delta says what it extends, and the state after it says what came of that; nothing else does."""
+    after = segment.state_after.transcript
+    if not is_transcript:
+        if after is not None or any(row.parent is not None for row in segment.rows):
+            raise WireError("bad_transcript", "a delta of a transcript, in a run that carries none")
+        return
+    if after is None or after.token_ids is not None or len(segment.rows) > 1:
+        raise WireError(
+            "bad_transcript", "a segment of a transcript is one delta, and only its mark is sent on"
+        )
+    for row in segment.rows:
+        if row.parent is None or row.parent.num_tokens < 0 or mark_after(row) != after.mark:
+            raise WireError("bad_transcript", f"its delta does not lead to the state's mark {after.mark}")
 
 
 def _check_logprobs(row: Row, epsilon: float) -> None:

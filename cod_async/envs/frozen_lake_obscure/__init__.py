@@ -26,6 +26,7 @@ SPEC = EnvironmentSpec(
     record_at=record_at,
     num_records=num_records,
     truth_hint=truth_hint,
+    has_held_out_worlds=lambda options: bool(options["num_held_out_mappings"]),
 )
 """How FrozenLake-Obscure registers itself."""
 

@@ -30,7 +30,12 @@ def test_the_defaults_contradict_nothing(tmp_path: Path) -> None:
         (['environments.0.preset="dor"'], "environments.0", "door"),
         (["environments.0.options.nonsense=1"], "environments.0", "nonsense"),
         (["environments=[]"], "environments", "add at least one"),
-        (['lifecycle.carry="transcript"'], "lifecycle.carry", '"hint"'),
+        (
+            ['lifecycle.carry="transcript"', 'engine.on_publish="at_episode_boundary"'],
+            "engine.on_publish",
+            '"in_place"',
+        ),
+        (["lifecycle.has_transcript_updates=true"], "lifecycle.has_transcript_updates", "false"),
         (["lifecycle.group_size=1"], "lifecycle.group_size", "at least 2"),
         (["lifecycle.max_response_tokens=4096"], "lifecycle.max_response_tokens", "lower"),
         (["lifecycle.max_hint_tokens=5000"], "lifecycle.max_hint_tokens", "lower"),

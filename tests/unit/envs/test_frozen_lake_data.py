@@ -28,6 +28,8 @@ def rounded(record: dict[str, Any]) -> tuple[int, int, float]:
 def test_data_set_of_the_reference() -> None:
     train = [rounded(record) for record in itertools.islice(SPEC.records(EASY, "train", 42), 3)]
     assert train == [(15795, 4, 0.678069), (860, 4, 0.663695), (76820, 5, 0.609840)]
+    assert SPEC.num_records is not None
+    assert [SPEC.num_records(EASY, split) for split in ("train", "held_out")] == [50_000, 4_000]
     assert rounded(next(SPEC.records(EASY, "held_out", 42))) == (85779, 5, 0.677281)
     assert next(SPEC.records(HARD, "train", 42))["seed"] == 15795  # the seed columns of both presets coincide
 
@@ -107,18 +109,25 @@ def test_reachability_keeps_the_depth_first_quirk() -> None:
     assert is_accepted(quirky, 4)
 
 
-def test_shares_of_shortest_paths() -> None:
-    """The published shares of easy maps (4,000 rows: standard error below 0.007)."""
-    rows = itertools.islice(SPEC.records(EASY, "held_out", 42), 4_000)
+@pytest.mark.parametrize(
+    ("preset", "shares", "mean"),
+    [
+        ("easy", (0.22, 0.27, 0.20, 0.15, 0.10, 0.04, 0.02), 2.86),
+        ("hard", (0.13, 0.17, 0.16, 0.16, 0.14, 0.10, 0.08, 0.04, 0.03), 3.98),
+    ],
+)
+def test_shares_of_shortest_paths(preset: str, shares: tuple[float, ...], mean: float) -> None:
+    """The published shares by path length, 1 first (4,000 rows: standard error below 0.007)."""
+    options = SPEC.options(preset)
     counts: dict[int, int] = {}
-    for row in rows:
-        made = make_map(row["seed"], row["size"], row["p"], 6)
+    for row in itertools.islice(SPEC.records(options, "held_out", 42), 4_000):
+        made = make_map(row["seed"], row["size"], row["p"], options["env_max_steps"])
         steps = distances_to_goal(made)[made.start]
         counts[steps] = counts.get(steps, 0) + 1
-    for steps, share in {1: 0.22, 2: 0.27, 3: 0.20, 4: 0.15, 5: 0.10, 6: 0.04, 7: 0.02}.items():
+    for steps, share in enumerate(shares, start=1):
         assert counts[steps] / 4_000 == pytest.approx(share, abs=0.03)
-    assert max(counts) == 7
-    assert sum(steps * count for steps, count in counts.items()) / 4_000 == pytest.approx(2.86, abs=0.1)
+    assert max(counts) == len(shares) == options["env_max_steps"] + 1
+    assert sum(steps * count for steps, count in counts.items()) / 4_000 == pytest.approx(mean, abs=0.1)
 
 
 def test_presets_of_the_paper() -> None:
@@ -169,6 +178,7 @@ def test_splits_share_no_pack_seed_and_by_default_all_mappings() -> None:
         split: [SPEC.pack_seed_for(EASY, split, k) for k in range(500)] for split in ("train", "held_out")
     }
     assert not set(seeds["train"]) & set(seeds["held_out"])
+    assert SPEC.has_held_out_worlds is not None and not SPEC.has_held_out_worlds(EASY)
     for values in seeds.values():
         assert {mapping_for_seed(seed) for seed in values} == set(MAPPINGS)
 
@@ -182,3 +192,4 @@ def test_held_out_mappings_never_occur_in_training(count: int) -> None:
     }
     assert len(met["held_out"]) == count and len(met["train"]) == 24 - count
     assert not met["train"] & met["held_out"]
+    assert SPEC.has_held_out_worlds is not None and SPEC.has_held_out_worlds(options)

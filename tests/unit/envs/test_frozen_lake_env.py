@@ -79,6 +79,14 @@ def test_parse_action(response: str, code: int | None) -> None:
     assert (result.is_done and result.finish == "format_error") == (code is None)
 
 
+def test_huge_answers_are_read_in_no_time() -> None:
+    """A pattern that tries again and again would need hours for these."""
+    million = 1_000_000
+    for content in ("Direction" + " " * million + "x", "Direction " + "0" * million + "x", "<" * million):
+        assert parse_action(f"<answer>{content}</answer>") is None
+    assert parse_action("<answer>Direction " + "0" * million + "3</answer>") == 3
+
+
 def test_first_observation() -> None:
     environment = FrozenLakeObscure(SPEC.options("easy"))
     observation = environment.reset(task())

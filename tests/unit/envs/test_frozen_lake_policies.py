@@ -43,8 +43,9 @@ def test_exact_planning_without_a_hint(preset: str, first: float, success: tuple
     assert success[0] < raw["mean"] < success[1]
 
 
-def test_explorer_connects_the_dots() -> None:
-    curve = means(commands.play(NAME, "easy", 6, "explorer", 100, 7))
+@pytest.mark.parametrize("preset", ["easy", "hard"])
+def test_explorer_connects_the_dots(preset: str) -> None:
+    curve = means(commands.play(NAME, preset, 6, "explorer", 100, 7))
     assert curve[0] < 0.7 and curve[1] > curve[0] + 0.15 and min(curve[4:]) > 0.94
 
 

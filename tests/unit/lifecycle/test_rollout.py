@@ -14,10 +14,10 @@ from cod_async.config.schema import LifecycleConfig
 from cod_async.envs.base import StepResult, TaskSpec
 from cod_async.envs.hidden_buttons import SPEC, HiddenButtons
 from cod_async.errors import InfrastructureError, InputError
-from cod_async.lifecycle.episodes import update_reward
 from cod_async.lifecycle.hint import TersePrompts
 from cod_async.lifecycle.rendering import Renderer
-from cod_async.lifecycle.rollout import LifecycleSpec, initial_state, penalized_reward, play
+from cod_async.lifecycle.rewards import penalized_reward, update_reward
+from cod_async.lifecycle.rollout import LifecycleSpec, initial_state, play
 from cod_async.lifecycle.seeds import derived_seed
 from cod_async.lifecycle.segment import LifecycleState, PendingUpdate, Segment
 
@@ -219,11 +219,6 @@ def test_carry_none_plays_solves_only(terse: Renderer) -> None:
     assert [s.state_after.next_ordinal for s in segments] == [2, 4, 6, 7]
     rest = run(ScriptedEngine(terse, buttons_reply), make_spec(), segments[1].state_after, config=config)
     assert without_time(rest) == without_time(segments)[2:]
-
-
-def test_transcript_carry_is_refused_by_name(terse: Renderer) -> None:
-    with pytest.raises(InputError, match="transcript"):
-        run(ScriptedEngine(terse, buttons_reply), make_spec(), config=LifecycleConfig(carry="transcript"))
 
 
 def test_shown_hint_reaches_the_solver_only(terse: Renderer) -> None:

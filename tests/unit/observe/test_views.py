@@ -100,3 +100,4 @@ def test_progress_on_a_terminal_and_in_a_pipe(run_dir: Path, config: Config, is_
 def test_formats() -> None:
     assert [format_duration(s) for s in (None, 0, 61, 3661)] == ["-", "0:00", "1:01", "1:01:01"]
     assert format_curve([0.25, None, 1.0, -0.5]) == ".25 - 1.00 -.50"
+    assert format_curve([k / 100 for k in range(13)]) == ".00 .01 .02 … .06 … .12"
