@@ -26,11 +26,13 @@ from cod_async.lifecycle.segment import (
     Row,
     Segment,
     SegmentKey,
+    Transcript,
     Version,
     VersionSpan,
     kind_and_position,
     num_episodes,
 )
+from cod_async.lifecycle.transcript import NO_PARENT, mark_after
 from cod_async.store.database import RunStore
 from cod_async.store.trained import extend_trained_digest, plan_digest
 from cod_async.weights.manifest import Manifest
@@ -95,6 +97,7 @@ def make_segment(
     num_action_tokens: int = 3,
     reward: float = 1.0,
     stride: int = 1,
+    is_transcript: bool = False,
 ) -> Segment:
     """The next episode of a lifecycle, all of it sampled under one version."""
     ordinal = state.next_ordinal
@@ -104,12 +107,19 @@ def make_segment(
     is_last = following == num_episodes(pack_size)
     rewards = (*state.task_rewards, reward) if kind == "solve" else state.task_rewards
     needs_update = not is_last and following % 2 == 1
+    transcript = None
+    parent = None
+    if is_transcript:
+        parent = NO_PARENT if state.transcript is None else state.transcript.mark
     row = Row(
         token_ids=Array.of(range(2 + num_action_tokens), "<i4"),
         action_spans=((2, 2 + num_action_tokens),),
         behavior_logprobs=Array.of([-0.5] * num_action_tokens, "<f4"),
         versions=(VersionSpan(version, num_action_tokens),),
+        parent=parent,
     )
+    if is_transcript:
+        transcript = Transcript(mark=mark_after(row))
     return Segment(
         run=RUN,
         key=SegmentKey(lease.ref.group, lease.ref.member, ordinal),
@@ -130,6 +140,7 @@ def make_segment(
             hint=f"hint {ordinal}",
             task_rewards=rewards,
             pending=PendingUpdate("t", reward, "f") if needs_update else None,
+            transcript=transcript,
         ),
     )
 
@@ -338,7 +349,8 @@ class Actor:
             actor=self.name,
             num_action_tokens=num_tokens,
             reward=float(self.rng.randrange(2)) if reward is None else reward,
-            stride=2 if self.world.config.lifecycle.carry == "none" else 1,
+            stride=1 if self.world.config.lifecycle.has_updates else 2,
+            is_transcript=self.world.config.lifecycle.carry == "transcript",
         )
         self.counters["sealed_segments"] += 1
         self.counters["sampled_tokens"] += num_tokens

@@ -14,7 +14,17 @@ from wire_samples import RUN, make_row, make_segment
 
 from cod_async.errors import WireError
 from cod_async.lifecycle.arrays import Array
-from cod_async.lifecycle.segment import PendingUpdate, Row, Segment, SegmentKey, Version, VersionSpan
+from cod_async.lifecycle.segment import (
+    PendingUpdate,
+    Row,
+    RowParent,
+    Segment,
+    SegmentKey,
+    Transcript,
+    Version,
+    VersionSpan,
+)
+from cod_async.lifecycle.transcript import mark_after
 from cod_async.wire.validate import validate_segment
 
 PACK_SIZE = 4
@@ -42,6 +52,46 @@ def with_row(**changes: Any) -> Segment:
 def test_valid_segments_pass(ordinal: int) -> None:
     validate(make_segment(ordinal=ordinal, pack_size=PACK_SIZE))
     validate(make_segment(ordinal=ordinal, pack_size=PACK_SIZE, rows=(make_row(),) * 3))
+
+
+def _delta(**changes: Any) -> Segment:
+    """A segment of a transcript: its row goes on from 20 tokens, its state says so."""
+    row = replace(make_row(), parent=changes.pop("parent", RowParent(20, "a" * 64)))
+    segment = make_segment(rows=(row,) * changes.pop("num_rows", 1))
+    mark = mark_after(row) if row.parent is not None else RowParent(0, "")
+    transcript = changes.pop("transcript", Transcript(mark=mark))
+    return replace(segment, state_after=replace(segment.state_after, transcript=transcript), **changes)
+
+
+def test_a_delta_of_a_transcript_passes() -> None:
+    validate(_delta(), is_transcript=True)
+    limit = 20 + make_row().num_tokens
+    validate(_delta(), is_transcript=True, max_context_tokens=limit)
+    assert code_of(_delta(), is_transcript=True, max_context_tokens=limit - 1) == "row_too_long"
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [
+        make_segment(),
+        _delta(parent=None),
+        _delta(parent=RowParent(-1, "")),
+        _delta(num_rows=2),
+        _delta(transcript=Transcript(mark=RowParent(20, "b" * 64))),
+        _delta(
+            transcript=Transcript(
+                mark=mark_after(replace(make_row(), parent=RowParent(20, "a" * 64))),
+                token_ids=Array.of([1], "<i4"),
+            )
+        ),
+    ],
+)
+def test_what_is_no_delta_is_refused_in_a_transcript(segment: Segment) -> None:
+    assert code_of(segment, is_transcript=True) == "bad_transcript"
+
+
+def test_a_delta_is_refused_where_nothing_is_carried_that_way() -> None:
+    assert code_of(_delta()) == "bad_transcript"
 
 
 def test_a_lifecycle_without_updates_passes() -> None:
