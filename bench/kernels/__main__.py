@@ -1,25 +1,36 @@
 """``python -m bench.kernels``: correctness first, then times; under eight minutes.
 
-Runs on the CUDA device where there is one, otherwise on one thread of the CPU with smaller shapes.
+Runs on the CUDA device where there is one, otherwise on one thread of the CPU with smaller shapes. On a GPU
+this one command is a whole session: it begins with the tests that need the device (``pytest tests/kernels -m
+gpu``), keeps to its budget whatever a peer compiles or tunes, and writes what it has after every part.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.kernels import linear_logprob, segment_loss, segment_reduce
-from bench.kernels.measure import BASELINES, device_name, header, slug, write
+from bench.kernels.measure import BASELINES, Row, device_name, header, slug, write
 
+ROOT = Path(__file__).resolve().parents[2]
 BOUNDS = {"cpu": {"logprob": 1e-5, "gradient": 3e-3}, "cuda": {"logprob": 1e-4, "gradient": 3e-3}}
 
 
 def _number(value: float | None) -> str:
     return "      -" if value is None else f"{value:7.2f}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_short(inner)}" for key, inner in value.items()) + ")"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _check(rows: list[dict[str, Any]], kind: str) -> list[str]:
@@ -65,56 +76,89 @@ def _show_speed(rows: list[dict[str, Any]], missing: list[str]) -> None:
         print(f"  missing: {name} is not installed")
 
 
-def main() -> int:
-    """Run everything; return 1 when a number is wrong."""
+def _device_tests(device: torch.device, seconds: float) -> dict[str, Any] | None:
+    """Run the tests that need the device, in a process of their own; None where there are none (a CPU)."""
+    if device.type != "cuda":
+        return None
+    command = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return {"passed": False, "summary": f"took longer than {seconds:.0f} s", "failed": []}
+    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"passed": done.returncode == 0, "summary": lines[-1], "failed": failed}
+
+
+def _json_path(given: Path, device: torch.device) -> Path:
+    return BASELINES / slug(device_name(device)) / "kernels.json" if given == Path() else given
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=150.0, help="budget of the timed rounds")
+    parser.add_argument(
+        "--seconds", type=float, help="budget of everything, compiling included; 420 on CUDA, 180 on a CPU"
+    )
     parser.add_argument(
         "--json",
         type=Path,
         nargs="?",
         const=Path(),
-        help="write results, to bench/baselines/<device>/ by default",
+        help="write results after every part, to bench/baselines/<device>/ by default",
     )
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run everything; return 1 when a number is wrong."""
+    arguments = _arguments()
     device = torch.device(arguments.device)
+    began = time.monotonic()
+    seconds = arguments.seconds or (420.0 if device.type == "cuda" else 180.0)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    print(f"{device_name(device)}, torch {torch.__version__}\ncorrectness against fp64")
+    results = header(device)
+
+    def keep(**parts: Any) -> None:
+        results.update(parts)
+        if arguments.json is not None:
+            write(_json_path(arguments.json, device), results)
+
+    print(f"{device_name(device)}, torch {torch.__version__}")
+    tests = _device_tests(device, 0.3 * seconds)
+    if tests is not None:
+        print("\n".join([f"tests on the device: {tests['summary']}", *tests["failed"]]))
+    print("correctness against fp64")
     errors = linear_logprob.correctness(device)
     problems = _check(errors, device.type)
+    if tests is not None and not tests["passed"]:
+        problems.append(f"tests on the device: {tests['summary']}")
+    logprob: dict[str, Any] = {"correctness": errors}
+    keep(device_tests=tests, problems=problems, linear_logprob=logprob)
     if problems:
-        print("wrong: " + "; ".join(problems))
-        return 1
-    print("linear_logprob, forward and backward")
-    rows, missing = linear_logprob.speed(device, arguments.seconds * 0.8)
-    _show_speed(rows, missing)
-    small = {}
+        print("WRONG: " + "; ".join(problems) + "\nthe times below are those of wrong kernels")
+    small_s = 0.05 * seconds
     for name, module in (("segment_loss", segment_loss), ("segment_reduce", segment_reduce)):
-        small[name] = module.run(device, arguments.seconds * 0.1)
         print(name)
-        for row in small[name]:
-            print("  " + ", ".join(f"{key} {value}" for key, value in row.items() if value))
-    not_measured = []
+        rows = module.run(device, small_s)
+        keep(**{name: rows})
+        for row in rows:
+            print("  " + ", ".join(f"{key} {_short(value)}" for key, value in row.items() if value))
+    print("linear_logprob, forward and backward")
+    rows, missing = linear_logprob.speed(device, seconds - (time.monotonic() - began))
+    _show_speed(rows, missing)
+    not_measured: list[Row] = []
     if device.type != "cuda":
         not_measured = [
             {"shape_tvh": shape, "device": "cuda", "ms": None} for shape in linear_logprob.CUDA_SHAPES
         ]
         print("no CUDA device: the GPU rows stay empty")
+    logprob |= {"speed": rows, "missing_peers": missing, "not_measured": not_measured}
+    keep(linear_logprob=logprob, wall_s=round(time.monotonic() - began, 1))
     if arguments.json is not None:
-        path = arguments.json
-        if path == Path():
-            path = BASELINES / slug(device_name(device)) / "kernels.json"
-        logprob = {
-            "correctness": errors,
-            "speed": rows,
-            "missing_peers": missing,
-            "not_measured": not_measured,
-        }
-        write(path, header(device) | {"linear_logprob": logprob} | small)
-        print(f"written to {path}")
-    return 0
+        print(f"written to {_json_path(arguments.json, device)}")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

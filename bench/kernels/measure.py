@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import platform
 import re
+import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
 Row = dict[str, Any]
 BASELINES = Path(__file__).resolve().parents[1] / "baselines"
+MIN_ROUNDS = 3
 
 
 def device_name(device: torch.device) -> str:
@@ -61,10 +65,49 @@ def _once(run: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def peak_bytes(run: Callable[[], Any], device: torch.device, gradient_bytes: int) -> int | None:
-    """Return the most memory a call held beyond what was there before and its gradients; None on a CPU."""
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError inside the block when it has run that long; a peer may tune or compile for minutes.
+
+    Works on the main thread of POSIX systems, between two Python instructions; an alarm that was set before
+    gets its time back.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"took longer than the {seconds:.0f} s that were left")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    began = time.monotonic()
+    waiting, interval = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        if waiting:
+            left = max(waiting - (time.monotonic() - began), 1e-3)
+            signal.setitimer(signal.ITIMER_REAL, left, interval)
+
+
+def peak_bytes(
+    run: Callable[[], Any],
+    device: torch.device,
+    gradient_bytes: int,
+    clear: Callable[[], None] | None = None,
+) -> int | None:
+    """Return the most memory a call held beyond what was there before and its gradients; None on a CPU.
+
+    Args:
+        run: the call.
+        device: where it runs.
+        gradient_bytes: counted as the call's result.
+        clear: drops gradients of earlier calls, which would otherwise count as there before.
+    """
     if device.type != "cuda":
         return None
+    run()  # compiled, tuned, workspaces allocated
+    if clear is not None:
+        clear()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -73,26 +116,47 @@ def peak_bytes(run: Callable[[], Any], device: torch.device, gradient_bytes: int
     return int(torch.cuda.max_memory_allocated() - before - gradient_bytes)
 
 
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+
+
 def compare(
     contestants: dict[str, Callable[[], Any]], device: torch.device, *, seconds: float, max_rounds: int = 41
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time contestants in alternating rounds, so that noise hits all alike.
 
+    Args:
+        contestants: by name, the most important first.
+        device: where they run.
+        seconds: for everything, compiling and tuning included. What does not fit is left out and named: late
+            contestants first; those that are left have at least three rounds.
+        max_rounds: most rounds.
+
     Returns:
-        (milliseconds of every round by name; reason by name for those that failed).
+        (milliseconds of every round by name; reason by name for those that failed or did not fit).
     """
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
-    for name, run in contestants.items():
-        try:
-            for _ in range(2):
-                _once(run, device)
-        except Exception as error:  # whatever a peer, a compiler or a full memory may raise
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-            del times[name]
+    round_ms = 0.0
     began = time.perf_counter()
+    for name, run in contestants.items():
+        left = seconds - (time.perf_counter() - began) - MIN_ROUNDS * round_ms / 1e3
+        try:
+            if times and left <= 0:
+                raise TimeoutError("no time was left")
+            with time_limit(max(left, seconds / 4)):
+                _once(run, device)
+                lasted = _once(run, device)
+            if times and MIN_ROUNDS * lasted / 1e3 > left:
+                raise TimeoutError(f"one call takes {lasted:.0f} ms; no time was left for rounds of it")
+            times[name] = []
+            round_ms += lasted
+        except Exception as error:  # whatever a peer, a compiler or a full memory may raise
+            failed[name] = _reason(error)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     for number in range(max_rounds):
-        if number >= 5 and time.perf_counter() - began > seconds:
+        if number >= MIN_ROUNDS and time.perf_counter() - began + round_ms / 1e3 > seconds:
             break
         for name in times:
             times[name].append(_once(contestants[name], device))
@@ -116,8 +180,10 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 def header(device: torch.device) -> dict[str, Any]:
     """Return what every result file begins with."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return {
         "device": device_name(device),
+        "compute_capability": capability,
         "versions": versions(),
         "num_threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -28,7 +28,7 @@ def run(device: torch.device, seconds: float) -> list[Row]:
                 0, i, v
             ),
         }
-        times, failed = compare(contestants, device, seconds=seconds / 3)
+        times, failed = compare(contestants, device, seconds=seconds / len(lengths))
         rows.append(
             {
                 "num_tokens": count,

@@ -1,8 +1,9 @@
 """One optimiser step: forward, loss and backward per micro-batch, then AdamW, or nothing at all.
 
-Only the hidden states that predict action tokens go through the output head. Gradients of micro-batches add
-up to the gradient of the exact global token mean, because every segment's weight is one over the action
-tokens of the whole step. A loss or gradient that is not finite leaves parameters and optimiser untouched.
+Only the hidden states that predict action tokens go through the output head, and tokens of segments without
+advantage go through it once, in the forward direction. Gradients of micro-batches add up to the gradient of
+the exact global token mean, because every segment's weight is one over the action tokens of the whole step. A
+loss or gradient that is not finite leaves parameters and optimiser untouched.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from cod_async.config.schema import LearnerConfig, LossConfig
 from cod_async.errors import NumericsError, WorkError
-from cod_async.learner.packing import MAX_BUCKET_TOKENS, FlatRows, MicroBatch, micro_batches
+from cod_async.learner.packing import MAX_BUCKET_TOKENS, FlatRows, MicroBatch, micro_batches, upload
 from cod_async.models.qwen3 import Qwen3
 from cod_kernels import (
     KernelInputError,
@@ -126,7 +129,7 @@ class Trainer:
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            losses, parts = self._accumulate(flat)
+            losses, parts = self._accumulate(flat, self._trained_items(flat))
             raise_faults(self.model.device)  # found on a device while it ran; nothing on a CPU
             numbers = summarize_metrics(merge_metrics(parts))  # synchronises with the device, once per step
         except KernelInputError as error:
@@ -136,12 +139,10 @@ class Trainer:
             group["lr"] = learning_rate(self.learner, step)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.learner.grad_clip)
         loss, grad_norm = float(torch.stack(losses).sum()), float(norm)
-        if numbers["num_nonfinite"] or not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)
             raise NumericsError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}, "
-                f"{numbers['num_nonfinite']:.0f} tokens with a "
-                "log-ratio that is not finite; the step was not applied"
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was not applied"
             )
         computed = time.perf_counter()
         self.optimizer.step()
@@ -159,10 +160,25 @@ class Trainer:
         }
         return numbers
 
-    def _accumulate(self, flat: FlatRows) -> tuple[list[Tensor], list[Tensor]]:
-        """Run forward and backward over all micro-batches; return their losses and metrics, on the device."""
+    def _trained_items(self, flat: FlatRows) -> npt.NDArray[np.bool_] | None:
+        """Return which items get a gradient, for the packing to put the others last; None for all.
+
+        On the CPU the op looks for chunks without gradient itself, and the order stays as it is.
+        """
+        if self.model.device.type == "cpu" or self.loss.kl_coef > 0:
+            return None
+        is_trained: npt.NDArray[np.bool_] = flat.advantages != 0
+        return is_trained
+
+    def _accumulate(
+        self, flat: FlatRows, is_trained: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run forward and backward over all micro-batches; return their losses and metrics, on the device.
+
+        Items that are not trained cost a forward pass, for their metrics. Nothing is read back from a device.
+        """
         device = self.model.device
-        advantages = torch.from_numpy(flat.advantages).to(device, torch.float32)
+        advantages = upload(flat.advantages, device).to(torch.float32)
         weights = torch.full_like(advantages, 1.0 / flat.num_action_tokens)
         options = LossOptions(
             clip=self.loss.clip,
@@ -174,16 +190,19 @@ class Trainer:
         )
         losses: list[Tensor] = []
         parts: list[Tensor] = []
-        for batch in micro_batches(flat, self.max_rectangle_tokens, device):
+        for batch in micro_batches(flat, self.max_rectangle_tokens, device, is_trained=is_trained):
             if batch.targets.numel() == 0:
                 continue
             reference = None
             if self.reference is not None:
                 with torch.no_grad():
                     reference, _ = action_logprobs(self.reference, batch, self.temperature)
+            head = self.model.head_weight
+            with torch.set_grad_enabled(batch.num_trained > 0):
+                hidden = predicting_states(self.model, batch)
             loss, metrics, _ = linear_segment_loss(
-                predicting_states(self.model, batch),
-                self.model.head_weight,
+                hidden,
+                head if batch.num_trained > 0 else head.detach(),
                 batch.targets,
                 batch.behavior_logprobs,
                 batch.segment_ids,
@@ -193,8 +212,13 @@ class Trainer:
                 reference_logprobs=reference,
                 has_entropy=True,
                 options=options,
+                num_trained=batch.num_trained,
             )
-            loss.backward()  # type: ignore[no-untyped-call]
+            if batch.num_trained > 0:
+                loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             parts.append(metrics)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:  # no item has an advantage
+                parameter.grad = torch.zeros_like(parameter)
         return losses, parts

@@ -1,11 +1,13 @@
 """Which implementation an op runs, and how it refuses bad input.
 
 ``auto`` means Triton on CUDA and the torch twin elsewhere. There is no silent fallback: where Triton is not
-installed, ``auto`` on CUDA raises and the caller has to ask for ``torch`` by name.
+installed, or would interpret its kernels, ``auto`` on CUDA raises and the caller has to ask for ``torch`` by
+name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from typing import Literal
@@ -30,7 +32,15 @@ def has_triton() -> bool:
 
 def is_interpreting() -> bool:
     """Return whether Triton kernels run in its interpreter, which takes CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context that makes the tensor's CUDA device the current one; on other devices an empty one.
+
+    Triton launches on the current device, whatever device the pointers it is given belong to.
+    """
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 def choose_backend(
@@ -46,7 +56,8 @@ def choose_backend(
 
     Raises:
         KernelInputError: unknown backend.
-        BackendUnavailableError: Triton is wanted, and it is not installed or there is no CUDA device.
+        BackendUnavailableError: Triton is wanted, and it is not installed, there is no CUDA device, or its
+            interpreter would run kernels on CUDA tensors.
     """
     if backend not in ("auto", "torch", "triton"):
         raise KernelInputError(f"{op}: backend is {backend!r}; it must be 'auto', 'torch' or 'triton'")
@@ -59,6 +70,11 @@ def choose_backend(
     if not (has_triton() if has_triton_kernel is None else has_triton_kernel):
         raise BackendUnavailableError(
             f"{op}: Triton is not installed; install it, "
+            "or pass backend='torch' to run the (slower) torch twin on CUDA"
+        )
+    if device.type == "cuda" and is_interpreting():
+        raise BackendUnavailableError(
+            f"{op}: TRITON_INTERPRET is set, so kernels would be interpreted on the host; unset it, "
             "or pass backend='torch' to run the (slower) torch twin on CUDA"
         )
     return "triton"

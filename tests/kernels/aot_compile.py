@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import exponential_cases
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -36,6 +37,8 @@ class Case:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int = 3
+    divisible: tuple[str, ...] = ()
+    """Numbers that are multiples of 16 where it counts, as Triton finds out from a call by itself."""
 
 
 def loss_cases() -> list[Case]:
@@ -71,26 +74,44 @@ def loss_cases() -> list[Case]:
         }
         name = f"segment_loss.{clip}.{label}"
         cases.append(Case(name, loss.segment_loss_kernel, types, switches | constants, loss.NUM_WARPS))
+        if clip == "one_side" and label == "full":  # the switches that do not depend on the clip
+            narrow = types | {"ids_ptr": "*i32"}
+            more = (
+                {"WEIGHT": 1, "KL": 1},
+                {"WEIGHT": 0, "KL": 2},
+                {"HAS_PROXIMAL": False, "HAS_DUAL": False},
+            )
+            for part in more:
+                label = ".".join(f"{k}{int(v)}" for k, v in part.items())
+                constants = switches | constants | part
+                cases.append(
+                    Case(f"{name}.{label}", loss.segment_loss_kernel, narrow, constants, loss.NUM_WARPS)
+                )
     finish = {"partial_ptr": "*fp64", "metric_ptr": "*fp64", "loss_ptr": "*fp32", "num_blocks": "i32"}
     constants = {"WIDTH": loss.COLUMNS, "ADDITIVE": loss.NUM_ADDITIVE, "METRICS": loss.NUM_METRICS}
     cases.append(
-        Case("segment_loss.finish", loss.finish_kernel, finish, constants | {"ROWS": loss.FINISH_ROWS}, 4)
+        Case(
+            "segment_loss.finish",
+            loss.finish_kernel,
+            finish,
+            constants | {"ROWS": loss.FINISH_ROWS},
+            loss.FINISH_WARPS,
+        )
     )
     return cases
 
 
 def reduce_cases() -> list[Case]:
-    types = {"values_ptr": "*fp32", "ids_ptr": "*i64", "order_ptr": "*i64", "partial_ptr": "*fp64"}
-    types |= {"count_ptr": "*fp64", "num_tokens": "i32"}
+    types = {"order_ptr": "*i64", "partial_ptr": "*fp64", "count_ptr": "*fp64", "num_tokens": "i32"}
     return [
         Case(
-            f"segment_reduce.{splits}.{'order' if has_order else 'sorted'}",
+            f"segment_reduce.{'order' if has_order else 'sorted'}.{values}.{ids}",
             reduce.segment_reduce_kernel,
-            types,
-            {"HAS_ORDER": has_order, "SPLITS": splits, "BLOCK": reduce.BLOCK},
+            types | {"values_ptr": f"*{values}", "ids_ptr": f"*{ids}"},
+            {"HAS_ORDER": has_order, "BLOCK": reduce.BLOCK},
             4,
         )
-        for splits in (1, reduce.MAX_SPLITS)
+        for values, ids in (("fp32", "i64"), ("fp64", "i32"))
         for has_order in (False, True)
     ]
 
@@ -135,11 +156,11 @@ def compile_case(case: Case, arch: int, folder: Path) -> dict[str, Any]:
     aligned = [
         i
         for i, name in enumerate(names)
-        if case.types.get(name, "").startswith("*") or name.endswith("stride")
+        if case.types.get(name, "").startswith("*") or name.endswith("stride") or name in case.divisible
     ]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cubin = folder / f"{case.name}.{arch}.cubin"
     cubin.write_bytes(built.asm["cubin"])
@@ -159,6 +180,9 @@ def compile_case(case: Case, arch: int, folder: Path) -> dict[str, Any]:
         "num_warps": built.metadata.num_warps,
         "wide_loads": len(re.findall(r"LDG\.E\S*\.128", sass)),
         "local_memory": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "tensor_core_products": len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass)),
+        "tile_loads": len(re.findall(r"\bUTMALDG\b", sass)),
+        "tile_stores": len(re.findall(r"\bUTMASTG\b", sass)),
         "atomics": len(re.findall(r"\b(?:ATOM|ATOMG|RED)\b", sass)),
     }
 
@@ -167,7 +191,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = [*loss_cases(), *reduce_cases(), *logprob_cases()]
         arches = [int(value) for value in sys.argv[1:]] or [90, 100]
-        results = [compile_case(case, arch, Path(folder)) for case in cases for arch in arches]
+        results = []
+        for arch in arches:
+            tiles = [Case(**fields) for fields in exponential_cases.compiled(arch // 10)]
+            results += [compile_case(case, arch, Path(folder)) for case in cases + tiles]
     json.dump(results, sys.stdout)
 
 

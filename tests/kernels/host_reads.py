@@ -7,7 +7,19 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
+WAITING = (
+    "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "bincount", "_unique2",
+    "unique_dim", "unique_consecutive", "repeat_interleave", "allclose",
+)  # fmt: skip
+MASKED = ("index", "index_put", "index_put_", "_index_put_impl_")
+"""Indexing by a mask looks for its true elements inside the operation."""
+
+
+def has_mask(arguments: Any) -> bool:
+    """Return whether a boolean tensor is among the indices."""
+    if isinstance(arguments, torch.Tensor):
+        return arguments.dtype in (torch.bool, torch.uint8)
+    return isinstance(arguments, list | tuple) and any(map(has_mask, arguments))
 
 
 class HostReads(TorchDispatchMode):
@@ -19,7 +31,7 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split("::")[1].split(".")[0]
-        if name in WAITING:
+        if name in WAITING or (name in MASKED and has_mask(args[1])):
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 

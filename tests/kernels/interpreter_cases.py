@@ -15,12 +15,15 @@ import json
 import sys
 from typing import Any
 
+import exponential_cases
 import numpy as np
 import torch
+from test_segment_loss import DEVICE_ONLY, spoiled
 from test_segment_loss_modes import CLIPS, COUNT, KLS, WEIGHTS, arrays, tensors
 
 from cod_kernels import LossOptions, linear_logprob, linear_segment_loss, segment_loss, segment_reduce
 from cod_kernels.linear_logprob.reference import linear_logprob_reference
+from cod_kernels.segment_loss.reference import METRIC_NAMES, loss_gradient_and_metrics
 
 Result = dict[str, float]
 
@@ -75,6 +78,42 @@ def loss_finish() -> Result:
     return {"loss": apart(first[0], twin[0]), "metrics": apart(first[1], twin[1]), "repeats": float(not same)}
 
 
+def loss_lengths() -> Result:
+    """One token, blocks that are full or miss one, and ids of 32 bits; parts and a bound from the device."""
+    worst = 0.0
+    for count in (1, 2, 1023, 1024, 1025):
+        generator = torch.Generator().manual_seed(count)
+        behavior = -torch.rand(count, generator=generator)
+        current = behavior + torch.randn(count, generator=generator) * 0.3
+        ids = torch.randint(3, (count,), generator=generator, dtype=torch.int32)
+        positive, negative = torch.rand(3, generator=generator), -torch.rand(3, generator=generator)
+        call = (current, behavior, ids, positive, torch.full((3,), 1 / count))
+        more: dict[str, Any] = {"clip": "m2po", "m2po_bound": torch.tensor(0.2), "dual_clip": 1.3}
+        twin, ours = (
+            segment_loss(*call, negative_advantages=negative, backend=backend, **more)
+            for backend in ("torch", "triton")
+        )
+        worst = max(worst, apart(ours[0], twin[0]), apart(ours[1], twin[1]))
+    return {"loss_and_metrics": worst}
+
+
+def loss_bad_tokens() -> Result:
+    """Values that only a device has seen: tokens become NaN and are counted as in the twin."""
+    from cod_kernels.segment_loss.kernel import launch
+
+    wrong = 0
+    for changes, switches, bad, _ in DEVICE_ONLY:
+        inputs, bad = spoiled(changes, bad)
+        options = LossOptions(**switches)
+        loss, gradient, metrics = launch(inputs, options)
+        twin = loss_gradient_and_metrics(inputs, options, has_checked=False)
+        counts = [METRIC_NAMES.index(n) for n in ("num_nonfinite", "num_bad_segments", "num_bad_ids")]
+        is_right = torch.isnan(loss) and torch.nonzero(torch.isnan(gradient)).flatten().tolist() == bad
+        is_right = is_right and torch.equal(metrics[counts], twin[2][counts]) and metrics[-1] == bad[0]
+        wrong += not is_right
+    return {"wrong_cases": float(wrong)}
+
+
 def reduce() -> Result:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(20_000, generator=generator, dtype=torch.float64)
@@ -84,7 +123,23 @@ def reduce() -> Result:
         a = segment_reduce(values, given, 6, backend="torch")
         b = segment_reduce(values, given, 6, is_sorted=is_sorted, backend="triton")
         result[name] = apart(b[0], a[0]) + apart(b[1], a[1])
+    skewed = torch.full((20_000,), 7, dtype=torch.int32)  # one long segment among short ones
+    skewed[:9] = torch.arange(9, dtype=torch.int32)
+    a, b = (segment_reduce(values, skewed, 11, backend=backend) for backend in ("torch", "triton"))
+    result["skewed"] = apart(b[0], a[0]) + apart(b[1], a[1])
+    a, b = (segment_reduce(values[:1], ids[:1], 5, backend=backend) for backend in ("torch", "triton"))
+    result["one_token"] = apart(b[0], a[0]) + apart(b[1], a[1])
     return result
+
+
+def reduce_host_reads() -> Result:
+    """What runs on CUDA between the checks."""
+    from host_reads import host_reads_of
+
+    from cod_kernels.segment_reduce.kernel import launch
+
+    values, ids = torch.ones(50), torch.arange(50) % 4
+    return {"reads": float(len(host_reads_of(lambda: launch(values, ids, 4, False))))}
 
 
 def logprob(dtype: torch.dtype, *, is_full: bool, vocab: int = 5003) -> Result:
@@ -219,7 +274,10 @@ def bf16_dot_is_wrong() -> Result:
 CASES: dict[str, Any] = {
     "loss_modes": loss_modes,
     "loss_finish": loss_finish,
+    "loss_lengths": loss_lengths,
+    "loss_bad_tokens": loss_bad_tokens,
     "reduce": reduce,
+    "reduce_host_reads": reduce_host_reads,
     "logprob_fp32": lambda: logprob(torch.float32, is_full=False),
     "logprob_fp32_full": lambda: logprob(torch.float32, is_full=True),
     "logprob_bf16": lambda: logprob(torch.bfloat16, is_full=False),
@@ -228,6 +286,7 @@ CASES: dict[str, Any] = {
     "bad_values": bad_values,
     "host_reads": host_reads,
     "bf16_dot_is_wrong": bf16_dot_is_wrong,
+    **exponential_cases.INTERPRETED,
 }
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cod_kernels import KernelInputError, linear_logprob, linear_segment_loss
+from cod_kernels.linear_logprob.chunks import FirstProduct
 from cod_kernels.linear_logprob.reference import linear_logprob_reference
 
 ROWS, WIDTH, SIZES = 50, 12, (70, 43)
@@ -25,21 +27,22 @@ def main(rank: int, store: str) -> None:
     start = SIZES[0] * rank
     mine = slice(start, start + SIZES[rank])
     found: dict[str, float] = {}
-    for softcap in (None, 5.0):
+    products: tuple[FirstProduct, ...] = ("plain", "fused")
+    for softcap, product in itertools.product((None, 5.0), products):
         leaves = [t.double().requires_grad_() for t in (hidden, weight, bias)]
         truth = linear_logprob_reference(leaves[0], leaves[1], targets, 0.8, leaves[2], softcap)
         ((truth[0] * g).sum() + (truth[1] * h).sum()).backward()
         own = [hidden.clone().requires_grad_(), *(t[mine].clone().requires_grad_() for t in (weight, bias))]
         values = linear_logprob(
             own[0], own[1], targets, temperature=0.8, bias=own[2], softcap=softcap, return_entropy=True,
-            process_group=dist.group.WORLD, vocab_start=start, chunk_rows=16,
+            process_group=dist.group.WORLD, vocab_start=start, chunk_rows=16, first_product=product,
         )  # fmt: skip
         ((values[0] * g).sum() + (values[1] * h).sum()).backward()
         for name, a, b in (("logprob", values[0], truth[0]), ("entropy", values[1], truth[1])):
-            found[f"{name}_{softcap}"] = float((a - b).abs().max())
+            found[f"{name}_{softcap}_{product}"] = float((a - b).abs().max())
         rights = (leaves[0].grad, leaves[1].grad[mine], leaves[2].grad[mine])  # type: ignore[index]
         for name, leaf, right in zip(("hidden", "weight", "bias"), own, rights, strict=True):
-            found[f"d_{name}_{softcap}"] = float((leaf.grad - right).norm() / right.norm())  # type: ignore[operator, union-attr]
+            found[f"d_{name}_{softcap}_{product}"] = float((leaf.grad - right).norm() / right.norm())  # type: ignore[operator, union-attr]
     behavior = truth[0].detach().float() + 0.1 * g
     ids, advantages, weights = (
         torch.arange(ROWS) // 10,
@@ -49,23 +52,35 @@ def main(rank: int, store: str) -> None:
     full = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     loss, *_ = linear_segment_loss(*full, targets, behavior.double(), ids, advantages, weights)
     loss.backward()
-    own = [hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()]
-    part, *_ = linear_segment_loss(
-        *own, targets, behavior, ids, advantages, weights, process_group=dist.group.WORLD, vocab_start=start
-    )
-    part.backward()
-    found["loss"] = float((part - loss).abs())
-    found["loss_d_hidden"] = float((own[0].grad - full[0].grad).norm() / full[0].grad.norm())  # type: ignore[operator, union-attr]
-    found["loss_d_weight"] = float((own[1].grad - full[1].grad[mine]).norm() / full[1].grad[mine].norm())  # type: ignore[operator, index, union-attr]
-    same = [torch.empty(ROWS) for _ in range(2)]
-    dist.all_gather(same, values[0].detach())
-    found["ranks_differ"] = float(not torch.equal(*same))
-    try:
-        targets[3] = 113
-        linear_logprob(hidden, weight[mine], targets, process_group=dist.group.WORLD, vocab_start=start)
-        found["lost_target"] = 1.0
-    except KernelInputError as error:
-        found["lost_target"] = float("targets[3] = 113 is in no rank's part" not in str(error))
+    for product in products:
+        own = [hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()]
+        part, _, logprob = linear_segment_loss(
+            *own, targets, behavior, ids, advantages, weights, process_group=dist.group.WORLD,
+            vocab_start=start, chunk_rows=32, first_product=product,
+        )  # fmt: skip
+        part.backward()
+        found[f"loss_{product}"] = float((part - loss).abs())
+        for name, ours, right in (
+            ("hidden", own[0].grad, full[0].grad),
+            ("weight", own[1].grad, full[1].grad[mine]),  # type: ignore[index]
+        ):
+            found[f"loss_d_{name}_{product}"] = float((ours - right).norm() / right.norm())  # type: ignore[operator, union-attr]
+        for name, tensor in (("logprob", logprob), ("hidden", own[0].grad)):
+            same = [torch.empty_like(tensor) for _ in range(2)]  # type: ignore[arg-type]
+            dist.all_gather(same, tensor)
+            found[f"ranks_differ_{name}_{product}"] = float(not torch.equal(*same))
+    lost = targets.clone()
+    lost[3] = 113
+    for product in products:
+        try:
+            linear_logprob(
+                hidden, weight[mine], lost, process_group=dist.group.WORLD, vocab_start=start,
+                first_product=product,
+            )  # fmt: skip
+            found[f"lost_target_{product}"] = 1.0
+        except KernelInputError as error:
+            is_named = "targets[3] = 113 is in no rank's part" in str(error)
+            found[f"lost_target_{product}"] = float(not is_named)
     dist.destroy_process_group()
     json.dump(found, sys.stdout)
 

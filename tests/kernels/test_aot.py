@@ -24,6 +24,15 @@ pytestmark = [
 ]
 
 
+def check_tiles(result: dict[str, Any]) -> None:
+    """Tensor cores of the generation (wgmma, tcgen05), tiles moved by the copy engine, warps as asked for."""
+    assert result["tensor_core_products"] > 0, f"not on the tensor cores: {result}"
+    assert result["tile_loads"] > 0, f"factors do not come through the copy engine: {result}"
+    has_out = result["name"].endswith("1")
+    assert (result["tile_stores"] > 0) == has_out, f"exponentials leave another way: {result}"
+    assert f".w{result['num_warps']}." in result["name"], f"the compiler chose other warps: {result}"
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("arch", [90, 100])
 def test_every_configuration(arch: int) -> None:
@@ -47,5 +56,7 @@ def test_every_configuration(arch: int) -> None:
         assert result["registers"] * result["num_warps"] * 32 <= MAX_REGISTERS, result
         assert result["shared_bytes"] <= MAX_SHARED_BYTES, result
         assert result["atomics"] == 0, f"a sum would depend on scheduling: {result}"
-        if result["name"].startswith("linear_logprob"):
+        if result["name"].startswith("linear_logprob.exponentials"):
+            check_tiles(result)
+        elif result["name"].startswith("linear_logprob"):
             assert result["wide_loads"] > 0, f"logits are not read 16 bytes at a time: {result}"

@@ -13,11 +13,9 @@ from cod_kernels import (
     linear_logprob,
     linear_segment_loss,
     merge_metrics,
-    raise_faults,
     segment_loss,
     summarize_metrics,
 )
-from cod_kernels.faults import NOT_FINITE, OUTSIDE_VOCABULARY, note_fault
 
 ROWS, VOCAB, WIDTH, SEGMENTS = 90, 211, 16, 7
 
@@ -162,14 +160,3 @@ def test_micro_batches_add_up() -> None:
 def test_bad_input_names_the_argument(changes: dict[str, Any], part: str) -> None:
     with pytest.raises(KernelInputError, match=part):
         linear_segment_loss(**(_data() | changes))
-
-
-def test_faults_are_kept_until_read_and_the_first_index_wins() -> None:
-    device = torch.device("cpu")
-    raise_faults(device)
-    note_fault(NOT_FINITE, torch.tensor([False, True, True]))
-    note_fault(OUTSIDE_VOCABULARY, torch.tensor([False, False, False, True]))
-    note_fault(OUTSIDE_VOCABULARY, torch.tensor([False, False, True]))
-    with pytest.raises(KernelInputError, match=r"targets\[2\]"):
-        raise_faults(device)
-    raise_faults(device)

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from cod_kernels import KernelInputError, merge_metrics, segment_loss, summarize_metrics
-from cod_kernels.segment_loss.reference import LossInputs, LossOptions, segment_loss_reference
+from cod_kernels.segment_loss.reference import (
+    LossInputs,
+    LossOptions,
+    loss_gradient_and_metrics,
+    segment_loss_reference,
+)
+
+NAN_AT_9 = torch.full((400,), -1.0).index_fill(0, torch.tensor(9), math.nan)
 
 
 def _tokens(
@@ -156,12 +163,61 @@ def test_bitwise_repeatable() -> None:
     assert torch.equal(first[1], second[1])
 
 
-def test_non_finite_tokens_are_counted() -> None:
-    data = _tokens()
-    data["current_logprobs"][3] = math.nan
-    data["behavior_logprobs"][7] = -math.inf
-    _, metrics = segment_loss(**data)
-    assert summarize_metrics(metrics)["num_nonfinite"] == 2
+DEVICE_ONLY: list[tuple[dict[str, Any], dict[str, Any], list[int], str]] = [
+    ({"current": {3: math.nan}}, {}, [3], "current, behavior, proximal or reference"),
+    ({"behavior": {7: -math.inf, 9: math.nan}}, {}, [7, 9], "are not finite at 2 tokens; .* call is 7"),
+    ({"proximal": {5: math.inf}}, {}, [5], "first bad token of a call is 5"),
+    ({"reference": {399: math.nan}}, {"kl_coef": 0.1}, [399], "call is 399"),
+    ({"reference": {399: math.nan}}, {}, [399], "call is 399"),
+    ({"segment_ids": {11: 23, 12: -1, 13: 2**31 + 5}}, {}, [11, 12, 13], "segment_ids are out of range at 3"),
+    ({"weights": {22: math.nan}}, {}, "segment 22", "advantages, negative_advantages, weights"),
+    ({"advantages": {22: math.inf}}, {}, "segment 22", "advantages, negative_advantages, weights"),
+    ({"negative_advantages": {22: 0.5}}, {}, "segment 22", "have the wrong sign at"),
+    ({"advantages": {22: -0.5}, "negative_advantages": {}}, {}, "segment 22", "have the wrong sign at"),
+    (
+        {"m2po_bound": -0.1},
+        {"clip": "m2po"},
+        "all",
+        "m2po_bound are not finite or have the wrong sign at 400",
+    ),
+    ({"m2po_bound": math.nan}, {"clip": "m2po"}, "all", "m2po_bound"),
+    ({"m2po_bound": math.inf}, {"clip": "m2po"}, "all", "m2po_bound"),
+]
+
+
+def spoiled(changes: dict[str, Any], bad: Any) -> tuple[LossInputs, list[int]]:
+    """Inputs as a device gets them, with values that only it has seen, and which tokens they spoil."""
+    data = _tokens(dtype=torch.float32)
+    tensors = {k.removesuffix("_logprobs"): v for k, v in data.items()}
+    tensors["proximal"] = tensors["behavior"].clone()
+    if "negative_advantages" in changes:
+        tensors["negative_advantages"] = -tensors["advantages"].abs()
+        tensors["advantages"] = tensors["advantages"].abs()
+    for name, values in changes.items():
+        if not isinstance(values, dict):
+            tensors[name] = torch.tensor(values)
+            continue
+        for index, value in values.items():
+            tensors[name][index] = value
+    if bad == "all":
+        bad = list(range(400))
+    elif isinstance(bad, str):
+        bad = torch.nonzero(tensors["segment_ids"] == 22).flatten().tolist()
+    return LossInputs(**tensors), bad
+
+
+@pytest.mark.parametrize(("changes", "options", "bad", "message"), DEVICE_ONLY)
+def test_values_that_only_a_device_has_seen(
+    changes: dict[str, Any], options: dict[str, Any], bad: Any, message: str
+) -> None:
+    """They never come out as numbers, and the metrics name argument, count and first token."""
+    inputs, bad = spoiled(changes, bad)
+    loss, gradient, metrics = loss_gradient_and_metrics(inputs, LossOptions(**options), has_checked=False)
+    assert torch.isnan(loss)
+    assert torch.nonzero(torch.isnan(gradient)).flatten().tolist() == bad
+    with pytest.raises(KernelInputError, match=message):
+        summarize_metrics(metrics)
+    assert metrics[-1] == bad[0]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +233,19 @@ def test_non_finite_tokens_are_counted() -> None:
         ({"segment_ids": torch.zeros(400)}, "segment_ids must be int32 or int64"),
         ({"weights": torch.zeros(22)}, "weights must be one number per segment"),
         ({"advantages": torch.full((23,), math.nan)}, r"advantages\[0\] is nan"),
+        ({"advantages": torch.ones(23, dtype=torch.int64)}, "advantages must be floating point"),
+        (
+            {"advantages": torch.ones(0), "weights": torch.ones(0)},
+            "advantages must be one number per segment",
+        ),
+        ({"weights": torch.ones(23, device="meta")}, "weights is on meta, current_logprobs on cpu"),
+        ({"segment_ids": torch.zeros(400, dtype=torch.int64, device="meta")}, "segment_ids is on meta"),
+        ({"behavior_logprobs": torch.zeros(400, device="meta")}, "behavior_logprobs is on meta"),
+        ({"segment_ids": torch.arange(400) // 50 * 4}, r"segment_ids\[300\] is 24, there are 23 segments"),
+        ({"current_logprobs": NAN_AT_9}, r"current_logprobs\[9\] is nan"),
+        ({"behavior_logprobs": NAN_AT_9}, r"behavior_logprobs\[9\] is nan"),
+        ({"proximal_logprobs": -NAN_AT_9 / 0}, r"proximal_logprobs\[0\] is inf"),
+        ({"reference_logprobs": NAN_AT_9}, r"reference_logprobs\[9\] is nan"),
         ({"clip": "dual"}, "clip is 'dual'"),
         ({"behavior_weight": "x"}, "behavior_weight is 'x'"),
         ({"clip": "ppo", "behavior_weight": "truncated"}, "count the ratio twice"),
@@ -189,6 +258,10 @@ def test_non_finite_tokens_are_counted() -> None:
         ({"clip": "m2po"}, "m2po_bound goes with"),
         ({"m2po_bound": 0.5}, "m2po_bound goes with"),
         ({"clip": "m2po", "m2po_bound": -0.5}, "m2po_bound must be at least 0"),
+        ({"clip": "m2po", "m2po_bound": torch.tensor(-0.5)}, "m2po_bound must be at least 0"),
+        ({"clip": "m2po", "m2po_bound": torch.tensor(math.nan)}, "m2po_bound must be at least 0"),
+        ({"clip": "m2po", "m2po_bound": torch.ones(2)}, "m2po_bound must be one number"),
+        ({"clip": "m2po", "m2po_bound": torch.ones((), device="meta")}, "m2po_bound is on meta"),
         ({"tv_bound": math.nan}, "tv_bound"),
         ({"behavior_weight": "masked", "weight_floor": 3.0}, "weight_cap must be positive and above"),
         ({"proximal_logprobs": torch.zeros(3)}, r"proximal_logprobs must be \[400\]"),

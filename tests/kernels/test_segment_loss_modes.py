@@ -154,7 +154,6 @@ def test_every_mode_against_numpy(clip: dict[str, Any], is_decoupled: bool, is_s
         assert loss.item() == pytest.approx(expected, rel=1e-11)
         np.testing.assert_allclose(leaf.grad.numpy(), gradient, rtol=1e-11, atol=1e-15)  # type: ignore[union-attr]
         named = summarize_metrics(metrics)
-        assert named["num_nonfinite"] == 0
         assert named["num_clamped"] == 2
 
 

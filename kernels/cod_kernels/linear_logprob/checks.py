@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cod_kernels.dispatch import KernelInputError, first_index, require
-from cod_kernels.faults import NOT_FINITE, OUTSIDE_VOCABULARY, note_fault
+from cod_kernels.faults import NOT_FINITE, OUT_OF_REACH, OUTSIDE_VOCABULARY, note_fault
 from cod_kernels.linear_logprob.chunks import Problem
 
 _OP = "linear_logprob"
@@ -21,6 +21,7 @@ def check_call(
     bias: Tensor | None,
     softcap: float | None,
     chunk_rows: int | None,
+    first_product: str,
 ) -> None:
     """Check shapes, dtypes, devices and numbers.
 
@@ -56,6 +57,10 @@ def check_call(
         if other is not None and other.device != hidden.device:
             raise KernelInputError(f"{_OP}: {name} is on {other.device}, hidden is on {hidden.device}")
     require(softcap is None or 0 < softcap < float("inf"), f"{_OP}: softcap must be positive, is {softcap}")
+    require(
+        first_product in ("plain", "fused"),
+        f"{_OP}: first_product is {first_product!r}; it must be 'plain' or 'fused'",
+    )
     require(chunk_rows is None or chunk_rows >= 1, f"{_OP}: chunk_rows must be at least 1, is {chunk_rows}")
 
 
@@ -112,6 +117,10 @@ def check_result(problem: Problem, logprob: Tensor) -> None:
     """
     is_bad = ~torch.isfinite(logprob)
     if logprob.device.type != "cpu":
+        if problem.first_product == "fused":  # minus infinity is its mark of a row out of reach
+            is_beyond = logprob == -torch.inf
+            note_fault(OUT_OF_REACH, is_beyond)
+            is_bad &= ~is_beyond
         note_fault(NOT_FINITE, is_bad)
         return
     if not bool(is_bad.any()):

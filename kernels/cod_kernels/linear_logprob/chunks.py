@@ -10,11 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+FirstProduct = Literal["plain", "fused"]
+"""How the first matrix product ends: in logits that other passes read, or in exponentials at once."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Problem:
         compute_dtype: float32, or float64 when the hidden states are.
         group: process group over which the vocabulary is split, or None.
         vocab_start: first token id of this rank's rows.
+        first_product: ``plain`` (logits are stored) or ``fused`` (exponentials leave the product).
     """
 
     hidden: Tensor
@@ -46,6 +50,7 @@ class Problem:
     compute_dtype: torch.dtype
     group: Any = None
     vocab_start: int = 0
+    first_product: FirstProduct = "plain"
 
     def chunks(self) -> Iterator[slice]:
         """Yield the chunks in order."""
@@ -114,9 +119,23 @@ class Engine(ABC):
         """Dtype in which the gradient of the hidden states is made."""
         return self.problem.compute_dtype
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is any gradient to make."""
+        return any(grad is not None for grad in (self.d_hidden, self.d_weight, self.d_bias))
+
     @abstractmethod
-    def forward(self, rows: slice) -> Stats:
-        """Compute the logits of a chunk into the buffers and return their statistics on this rank."""
+    def forward(self, rows: slice, *, is_kept: bool = True) -> Stats:
+        """Compute a chunk into the buffers and return its statistics on this rank.
+
+        Args:
+            rows: the chunk.
+            is_kept: whether ``backward`` may follow.
+        """
+
+    def whole(self, stats: Stats, rows: slice) -> Stats:
+        """Return the statistics over the whole vocabulary from those of ``forward``."""
+        return merge(stats, self.problem, rows)
 
     @abstractmethod
     def backward(
@@ -161,10 +180,10 @@ def merge(stats: Stats, problem: Problem, rows: slice) -> Stats:
     return Stats(logprob, lse, None if stats.entropy is None else entropy)
 
 
-def forward_walk(engine: Engine) -> Stats:
-    """Return the statistics of all rows."""
-    problem = engine.problem
-    return join([merge(engine.forward(rows), problem, rows) for rows in problem.chunks()])
+def forward_walk(engine: Engine, *, is_kept: bool = True) -> Stats:
+    """Return the statistics of all rows; ``is_kept`` says whether gradients of the last chunk may follow."""
+    chunks = engine.problem.chunks()
+    return join([engine.whole(engine.forward(rows, is_kept=is_kept), rows) for rows in chunks])
 
 
 def join(parts: list[Stats]) -> Stats:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cod_kernels.dispatch import require
 from cod_kernels.linear_logprob.checks import check_result
-from cod_kernels.linear_logprob.chunks import Engine, Stats, join, merge
+from cod_kernels.linear_logprob.chunks import Engine, FirstProduct, Stats, join
 from cod_kernels.linear_logprob.op import make_engine, make_problem
 from cod_kernels.segment_loss.checks import check_call as check_loss
 from cod_kernels.segment_loss.op import evaluate, loss_inputs, merge_metrics
@@ -40,7 +40,8 @@ def loss_walk(
     problem = engine.problem
     losses, metrics, statistics = [], [], []
     for rows in problem.chunks():
-        stats = merge(engine.forward(rows), problem, rows)
+        is_trained = rows.start < num_trained and engine.is_wanted
+        stats = engine.whole(engine.forward(rows, is_kept=is_trained), rows)
         part = inputs.rows(rows, stats.logprob)
         if stats.entropy is not None:
             part = LossInputs(**{**vars(part), "entropy": stats.entropy})
@@ -49,7 +50,7 @@ def loss_walk(
         losses.append(loss)
         metrics.append(numbers)
         statistics.append(stats)
-        if rows.start >= num_trained or (g.device.type == "cpu" and not bool(g.any())):
+        if not is_trained or (g.device.type == "cpu" and not bool(g.any())):
             continue
         g[max(0, num_trained - rows.start) :] = 0
         engine.backward(rows, stats.lse, None, g, None)
@@ -115,6 +116,7 @@ def linear_segment_loss(
     vocab_start: int | None = None,
     backend: str = "auto",
     chunk_rows: int | None = None,
+    first_product: FirstProduct = "plain",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, metrics, log-probs): ``segment_loss(linear_logprob(...), ...)`` in three matrix products.
 
@@ -144,6 +146,7 @@ def linear_segment_loss(
         vocab_start: first token id of this rank's rows.
         backend: ``auto``, ``torch`` or ``triton``.
         chunk_rows: rows of logits held at once.
+        first_product: ``plain`` or ``fused``, as of :func:`linear_logprob`.
 
     Returns:
         (loss, a scalar to call backward on; metrics; log-probs [A] without history).
@@ -164,6 +167,7 @@ def linear_segment_loss(
         group=process_group,
         vocab_start=vocab_start,
         backend=backend,
+        first_product=first_product,
     )
     count = hidden.shape[0]
     num_trained = count if num_trained is None else num_trained

@@ -1,9 +1,16 @@
-"""Log-probs on CUDA: cuBLAS makes one chunk of float32 logits, one program per row turns them into
-statistics, another into gradients in the same memory.
+"""Log-probs on CUDA: the kernels of both first products, and the engine of the plain one.
 
-The gradients overwrite the logits in the dtype of the head: element v lies at byte 2v or 4v of a row whose
-logits have been read beyond it already. cuBLAS then makes the gradients of hidden states and head from them,
-the latter added up in float32 over all chunks. Nothing is read back and no sum depends on scheduling.
+Plain: cuBLAS makes one chunk of float32 logits, one program per row turns them into statistics, another into
+gradients in the same memory. The gradients overwrite the logits in the dtype of the head: element v lies at
+byte 2v or 4v of a row whose logits have been read beyond it already. cuBLAS then makes the gradients of
+hidden states and head from them, the latter added up in float32 over all chunks.
+
+Fused: ``hidden @ weight.T`` leaves the tensor cores as exponentials relative to the target's logit, which is
+computed first, so that no maximum has to be found (exponentials.py) and no logit is stored. Programs walk
+over tiles; each writes its own part of the exponentials and of the partial sums, one per row and tile.
+Factors and exponentials move through the tensor copy engine, which fills with zeros beyond the ends.
+
+Nothing is read back and no sum depends on scheduling.
 """
 
 from __future__ import annotations
@@ -15,15 +22,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cod_kernels.dispatch import KernelInputError
+from cod_kernels.dispatch import KernelInputError, on_device
 from cod_kernels.linear_logprob.chunks import Engine, Problem, Stats
+from cod_kernels.linear_logprob.exponentials import SHIFT_BITS
+from cod_kernels.linear_logprob.memory import allocate, padded, plain_buffers
+from cod_kernels.linear_logprob.products import matmul_into
 
 BLOCK = 4096
 NUM_WARPS = 8
-CHUNK_BYTES = 5 << 29  # 2.5 GiB of float32 logits
-ALIGNMENT = 64  # of a row of logits, in elements
 
 _LOWEST = tl.constexpr(-1e30)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_SHIFT = tl.constexpr(float(SHIFT_BITS))
 
 
 @triton.jit
@@ -47,7 +57,7 @@ def _scaled_logits(
     return tl.where(mask, z * inverse, float("-inf")), slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab_start"])
 def stats_kernel(
     logits_ptr, stride, target_ptr, bias_ptr, inverse_ptr, logprob_ptr, lse_ptr, entropy_ptr,
     vocab_size, vocab_start, softcap, inverse,
@@ -95,7 +105,7 @@ def stats_kernel(
         tl.store(entropy_ptr + row, log_whole - apart / whole)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab_start"])
 def gradient_kernel(
     logits_ptr, stride, out_ptr, out_stride, target_ptr, bias_ptr, inverse_ptr, lse_ptr, entropy_ptr, g_ptr,
     h_ptr, vocab_size, vocab_start, softcap, inverse,
@@ -131,27 +141,112 @@ def gradient_kernel(
         tl.store(out + column, d.to(out_ptr.dtype.element_ty), column < stride)
 
 
-def chunk_rows_on_device(vocab_size: int) -> int:
-    """Return how many rows of float32 logits fit into CHUNK_BYTES: a multiple of 128, at most 8192."""
-    rows = CHUNK_BYTES // (4 * padded(vocab_size))
-    return max(128, min(8192, rows // 128 * 128))
+@triton.jit
+def _capped(z, softcap):
+    """Return (soft-capped logits, its slope)."""
+    ratio = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
+    return softcap * ratio, 1.0 - ratio * ratio
 
 
-def padded(vocab_size: int) -> int:
-    """Return the stride of a row of logits, which keeps rows aligned for any vocabulary."""
-    return triton.cdiv(vocab_size, ALIGNMENT) * ALIGNMENT
+@triton.jit
+def target_kernel(
+    hidden_ptr, hidden_stride, weight_ptr, weight_stride, column_ptr, bias_ptr, inverse_ptr, out_ptr,
+    out_stride, width, vocab_size, softcap, inverse,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: tempered logit of the target (0 if not among these rows), whether it is, soft-cap's slope."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.load(column_ptr + row).to(tl.int64)
+    is_owner = place >= 0
+    place = tl.where(is_owner, place, 0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(hidden_ptr + row * hidden_stride + column, column < width, 0.0)
+        w = tl.load(weight_ptr + place * weight_stride + column, column < width, 0.0)
+        total += x.to(tl.float32) * w.to(tl.float32)
+    z = tl.sum(total, 0)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + place).to(tl.float32)
+    slope = 1.0
+    if HAS_SOFTCAP:
+        z, slope = _capped(z, softcap)
+    if ROW_TEMPERATURE:
+        inverse = tl.load(inverse_ptr + row)
+    tl.store(out_ptr + row, tl.where(is_owner, z * inverse, 0.0))
+    tl.store(out_ptr + out_stride + row, tl.where(is_owner, 1.0, 0.0))
+    tl.store(out_ptr + 2 * out_stride + row, slope)
 
 
-def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, is_added: bool = False) -> Tensor:
-    """``out = left @ right`` or ``out += left @ right``, summed in float32, in the dtype of ``out``."""
-    if left.dtype == out.dtype:
-        return torch.addmm(out, left, right, out=out) if is_added else torch.mm(left, right, out=out)
-    if out.device.type != "cuda":  # the interpreter; products with another dtype exist on CUDA alone
-        wide = left.to(out.dtype) @ right.to(out.dtype)
-        return out.add_(wide) if is_added else out.copy_(wide)
-    if is_added:
-        return torch.ops.aten.addmm.dtype_out(out, left, right, out.dtype, out=out)
-    return torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
+@triton.jit
+def add_rows_kernel(
+    out_ptr, out_row_stride, out_stride, order_ptr, column_ptr, end_ptr, rows_ptr, rows_row_stride,
+    rows_stride, factor_ptr, width, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A place among sorted columns: if it is a column's first, add that column's rows in order to out."""
+    place = tl.program_id(0)
+    column = tl.load(column_ptr + place).to(tl.int64)
+    before = tl.load(column_ptr + place - 1, place > 0, -1)
+    if (column >= 0) & (column != before):
+        at = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        total = tl.zeros([BLOCK], tl.float32)
+        for number in range(place, tl.load(end_ptr + place)):
+            row = tl.load(order_ptr + number).to(tl.int64)
+            x = tl.load(rows_ptr + row * rows_row_stride + at * rows_stride, at < width, 0.0)
+            total += x.to(tl.float32) * tl.load(factor_ptr + row)
+        out = out_ptr + column * out_row_stride + at * out_stride
+        tl.store(out, tl.load(out, at < width, 0.0) + total, at < width)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def exponentials_kernel(
+    hidden_desc, weight_desc, out_desc, column_ptr, target_logit_ptr, bias_ptr, inverse_ptr, sum_ptr,
+    spread_ptr, partial_stride, num_rows, vocab_size, width, softcap, inverse,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_OUT: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr, UPCAST: tl.constexpr, IS_FLAT: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, VOCAB: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Tiles of exponentials (times the soft-cap's slope), and per row and tile their sum and entropy part."""
+    row_blocks = tl.cdiv(num_rows, ROWS)
+    vocab_blocks = tl.cdiv(vocab_size, VOCAB)
+    steps = tl.cdiv(width, WIDTH)
+    for tile in tl.range(tl.program_id(0), row_blocks * vocab_blocks, tl.num_programs(0), flatten=IS_FLAT):
+        group = tile // (GROUP * vocab_blocks)
+        first = group * GROUP
+        size = tl.minimum(row_blocks - first, GROUP)
+        row_block = first + (tile % (GROUP * vocab_blocks)) % size
+        vocab_block = (tile % (GROUP * vocab_blocks)) // size
+        z = tl.zeros([ROWS, VOCAB], tl.float32)
+        for step in range(steps):
+            x = hidden_desc.load([row_block * ROWS, step * WIDTH])
+            w = weight_desc.load([vocab_block * VOCAB, step * WIDTH])
+            if UPCAST:  # the interpreter multiplies bf16 as integers
+                z = tl.dot(x.to(tl.float32), w.to(tl.float32).T, z)
+            else:
+                z = tl.dot(x, w.T, z)
+        row = row_block * ROWS + tl.arange(0, ROWS)
+        column = vocab_block * VOCAB + tl.arange(0, VOCAB)
+        is_row = row < num_rows
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + column, column < vocab_size, 0.0).to(tl.float32)[None, :]
+        if HAS_SOFTCAP:
+            z, slope = _capped(z, softcap)
+        scale = inverse
+        if ROW_TEMPERATURE:
+            scale = tl.load(inverse_ptr + row, is_row, 1.0)[:, None]
+        target_logit = tl.load(target_logit_ptr + row, is_row, 0.0)
+        target = tl.load(column_ptr + row, is_row, -1)
+        above = z * scale - target_logit[:, None]
+        is_other = (column[None, :] != target[:, None]) & (column < vocab_size)[None, :]
+        e = tl.where(is_other, tl.exp2(above * _LOG2_E - _SHIFT), 0.0)
+        place = vocab_block.to(tl.int64) * partial_stride + row
+        tl.store(sum_ptr + place, tl.sum(e, 1), is_row)
+        if HAS_ENTROPY:
+            tl.store(spread_ptr + place, tl.sum(tl.where(e > 0, e * above, 0.0), 1), is_row)
+        if HAS_OUT:
+            if HAS_SOFTCAP:
+                e = e * slope
+            out_desc.store([row_block * ROWS, vocab_block * VOCAB], e.to(out_desc.dtype))
 
 
 class TritonEngine(Engine):
@@ -165,9 +260,8 @@ class TritonEngine(Engine):
                 "16-bit floats, pass backend='torch'"
             )
         rows = min(problem.chunk_rows, problem.hidden.shape[0])
-        width = padded(problem.weight.shape[0])
-        device = problem.hidden.device
-        self._logits = torch.empty((rows, width), dtype=torch.float32, device=device)
+        table = plain_buffers(rows, problem.weight.shape[0])
+        self._logits = allocate(table, problem.hidden.device)["logits"]
         inverse = problem.inverse_temperature
         self._by_row = isinstance(inverse, torch.Tensor)
         self._inverse = 0.0 if self._by_row else inverse
@@ -179,7 +273,7 @@ class TritonEngine(Engine):
 
     def _shared(self, rows: slice) -> tuple[Any, ...]:
         problem = self.problem
-        bias = problem.weight if problem.bias is None else problem.bias
+        bias = problem.weight if problem.bias is None else problem.bias.contiguous()
         by_row = problem.inverse_temperature[rows].reshape(-1) if self._by_row else bias
         switches = {
             "HAS_BIAS": problem.bias is not None,
@@ -187,22 +281,25 @@ class TritonEngine(Engine):
             "ROW_TEMPERATURE": self._by_row,
             "BLOCK": BLOCK,
             "num_warps": NUM_WARPS,
+            "enable_fp_fusion": True,
         }
-        numbers = (problem.weight.shape[0], problem.vocab_start, problem.softcap or 1.0, self._inverse)
+        numbers = (problem.weight.shape[0], problem.vocab_start, float(problem.softcap or 1.0), self._inverse)
         return problem.targets[rows].contiguous(), bias, by_row, numbers, switches
 
-    def forward(self, rows: slice) -> Stats:
+    def forward(self, rows: slice, *, is_kept: bool = True) -> Stats:
         """One matrix product and one pass over the logits."""
         problem, size = self.problem, self.problem.weight.shape[0]
         count = rows.stop - rows.start
         logits = self._logits[:count]
         matmul_into(logits[:, :size], problem.hidden[rows], problem.weight.t())
         targets, bias, by_row, numbers, switches = self._shared(rows)
-        out = torch.empty((3, count), dtype=torch.float32, device=logits.device)
-        stats_kernel[(count,)](
-            logits, logits.stride(0), targets, bias, by_row, out[0], out[1], out[2], *numbers,
-            HAS_ENTROPY=problem.has_entropy, **switches,
-        )  # fmt: skip
+        # Padded, so that a shorter last chunk is aligned as the others and nothing is compiled again for it.
+        out = torch.empty((3, padded(count)), dtype=torch.float32, device=logits.device)[:, :count]
+        with on_device(logits):
+            stats_kernel[(count,)](
+                logits, logits.stride(0), targets, bias, by_row, out[0], out[1], out[2], *numbers,
+                HAS_ENTROPY=problem.has_entropy, **switches,
+            )  # fmt: skip
         self.fresh_rows = rows
         return Stats(out[0], out[1], out[2] if problem.has_entropy else None)
 
@@ -217,11 +314,12 @@ class TritonEngine(Engine):
         targets, bias, by_row, numbers, switches = self._shared(rows)
         g = torch.zeros_like(lse) if g is None else g.float().contiguous()
         h = None if h is None else h.float().contiguous()
-        gradient_kernel[(count,)](
-            logits, logits.stride(0), narrow, narrow.stride(0), targets, bias, by_row, lse.contiguous(),
-            lse if entropy is None else entropy.contiguous(), g, g if h is None else h, *numbers,
-            HAS_H=h is not None, **switches,
-        )  # fmt: skip
+        with on_device(logits):
+            gradient_kernel[(count,)](
+                logits, logits.stride(0), narrow, narrow.stride(0), targets, bias, by_row, lse.contiguous(),
+                lse if entropy is None else entropy.contiguous(), g, g if h is None else h, *numbers,
+                HAS_H=h is not None, **switches,
+            )  # fmt: skip
         self.fresh_rows = None
         dz = narrow[:, :size]
         if self.d_hidden is not None:

@@ -66,7 +66,7 @@ class TorchEngine(Engine):
         self._slope: Tensor | None = None
         self._lse = self._z[:, 0]
 
-    def forward(self, rows: slice) -> Stats:
+    def forward(self, rows: slice, *, is_kept: bool = True) -> Stats:
         """Fill the buffers with a chunk; see :class:`Engine`."""
         problem = self.problem
         count = rows.stop - rows.start

@@ -27,7 +27,8 @@ def check_call(
     """Check a call; values only on the CPU, because reading them would stall a device.
 
     Args:
-        tokens: [A] tensors by argument name, ``current_logprobs`` first.
+        tokens: [A] tensors by argument name; values of ``current_logprobs`` are not looked at, because inside
+            a chunk they do not exist yet.
         segment_ids: [A].
         segments: [N] tensors by argument name, ``advantages`` first.
         options: the switches.
@@ -52,6 +53,7 @@ def check_call(
             tensor.device == current.device,
             f"{_OP}: {name} is on {tensor.device}, current_logprobs on {current.device}",
         )
+        require(tensor.is_floating_point(), f"{_OP}: {name} must be floating point, is {tensor.dtype}")
     check_options(options, has_proximal=tokens["proximal_logprobs"] is not None)
     require(
         options.kl_coef == 0 or tokens["reference_logprobs"] is not None,
@@ -60,6 +62,8 @@ def check_call(
     _check_bound(options, m2po_bound, current)
     if current.device.type == "cpu":
         _check_values(segment_ids, given)
+        for name in ("behavior_logprobs", "proximal_logprobs", "reference_logprobs"):
+            check_finite(name, tokens[name])
 
 
 def _check_tokens(tokens: dict[str, Tensor | None], segment_ids: Tensor, current: Tensor) -> None:
@@ -126,8 +130,20 @@ def _check_bound(options: LossOptions, bound: Tensor | float | None, current: Te
     if isinstance(bound, Tensor):
         require(bound.numel() == 1, f"{_OP}: m2po_bound must be one number, has shape {list(bound.shape)}")
         require(bound.device == current.device, f"{_OP}: m2po_bound is on {bound.device}")
-    elif bound is not None:
+        bound = None if bound.device.type != "cpu" else float(bound)
+    if bound is not None:
         require(0 <= bound < float("inf"), f"{_OP}: m2po_bound must be at least 0 and finite, is {bound}")
+
+
+def check_finite(name: str, tensor: Tensor | None) -> None:
+    """Check a CPU tensor's values.
+
+    Raises:
+        KernelInputError: one is NaN or infinite; names the first.
+    """
+    if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        index = first_index(~torch.isfinite(tensor))
+        raise KernelInputError(f"{_OP}: {name}[{index}] is {float(tensor[index])}")
 
 
 def _check_values(segment_ids: Tensor, segments: dict[str, Tensor]) -> None:
@@ -139,10 +155,7 @@ def _check_values(segment_ids: Tensor, segments: dict[str, Tensor]) -> None:
             f"{_OP}: segment_ids[{index}] is {int(segment_ids[index])}, there are {num_segments} segments"
         )
     for name, tensor in segments.items():
-        bad = ~torch.isfinite(tensor)
-        if bool(bad.any()):
-            index = first_index(bad)
-            raise KernelInputError(f"{_OP}: {name}[{index}] is {float(tensor[index])}")
+        check_finite(name, tensor)
     negative = segments.get("negative_advantages")
     if negative is not None:
         signs = (("advantages", segments["advantages"] < 0), ("negative_advantages", negative > 0))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cod_kernels.dispatch import KernelInputError
+from cod_kernels.dispatch import KernelInputError, on_device
 from cod_kernels.segment_loss.reference import (
     BEHAVIOR_WEIGHTS,
     CLIPS,
@@ -28,9 +28,9 @@ from cod_kernels.segment_loss.reference import (
 
 BLOCK = 1024
 NUM_WARPS = 4
-COLUMNS = 32  # of the partials: the metrics, then the loss, then padding
+COLUMNS = 32  # of the partials: METRIC_NAMES in their order, then the loss, then padding
 NUM_METRICS = len(METRIC_NAMES)
-FINISH_ROWS = 16
+FINISH_ROWS, FINISH_WARPS = 64, 8
 
 _ONE_SIDE, _PPO, _NONE, _CISPO, _DPPO_TV, _M2PO = (tl.constexpr(i) for i in range(len(CLIPS)))
 _LIMIT = tl.constexpr(MAX_LOG_RATIO)
@@ -93,7 +93,7 @@ def _policy(
     return objective, slope, masked_pos, masked_neg, dual
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_segments"])
 def segment_loss_kernel(
     cur_ptr, beh_ptr, ids_ptr, adv_ptr, neg_ptr, weight_ptr, prox_ptr, ref_ptr, ent_ptr, bound_ptr,
     grad_ptr, partial_ptr, num_tokens, num_segments, low, high, dual_cap, floor, cap, tv, kl_coef,
@@ -101,7 +101,10 @@ def segment_loss_kernel(
     HAS_PROXIMAL: tl.constexpr, HAS_ENTROPY: tl.constexpr, WEIGHT: tl.constexpr, KL: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of tokens. WEIGHT: 0 none, 1 truncated, 2 masked. KL: 0 no reference, else k1, k2, k3."""
+    """One block of tokens. WEIGHT: 0 none, 1 truncated, 2 masked. KL: 0 no reference, else k1, k2, k3.
+
+    Metrics go to the columns of METRIC_NAMES; a bad token's gradient, and with it the loss, become NaN.
+    """
     pid = tl.program_id(0).to(tl.int64)
     at = pid * BLOCK + tl.arange(0, BLOCK)
     mask = at < num_tokens
@@ -109,15 +112,22 @@ def segment_loss_kernel(
     cur = tl.load(cur_ptr + at, mask, 0.0)
     beh = tl.load(beh_ptr + at, mask, 0.0)
     ids = tl.load(ids_ptr + at, mask, 0)
-    is_bad = (ids < 0) | (ids >= num_segments)
-    ids = tl.where(is_bad, 0, ids)
+    bad_id = (ids < 0) | (ids >= num_segments)
+    ids = tl.where(bad_id, 0, ids)
     weight = tl.load(weight_ptr + ids, mask, 0.0)
     pos = tl.load(adv_ptr + ids, mask, 0.0)
     if HAS_PARTS:
         neg = tl.load(neg_ptr + ids, mask, 0.0)
+        bad_segment = (pos < 0) | (neg > 0)
     else:
         neg = tl.where(pos < 0, pos, 0.0)
         pos = tl.where(pos < 0, 0.0, pos)
+        bad_segment = pos < 0
+    scaled = weight * (pos + neg)
+    if CLIP == _M2PO:
+        bound = tl.load(bound_ptr)
+        scaled += tl.where(bound >= 0, bound - bound, float("nan"))
+    bad_segment = bad_segment | ((scaled - scaled) != 0.0)
     anchor = beh
     if HAS_PROXIMAL:
         anchor = tl.load(prox_ptr + at, mask, 0.0)
@@ -128,6 +138,8 @@ def segment_loss_kernel(
     objective, slope, masked_pos, masked_neg, dual = _policy(
         pos, neg, cur, anchor, ratio, log_ratio, clamped, bound_ptr, low, high, dual_cap, tv, CLIP, HAS_DUAL
     )
+    whole = difference + beh
+    nonfinite = (whole - whole) != 0.0
     gap, grown = log_ratio, ratio
     if WEIGHT != 0:
         raw = ratio
@@ -154,6 +166,7 @@ def segment_loss_kernel(
     gradient = -slope
     if KL != 0:
         apart = tl.load(ref_ptr + at, mask, 0.0) - cur
+        nonfinite = nonfinite | ((apart - apart) != 0.0)
         r = _bounded(apart)
         if KL == 1:
             kl = -r
@@ -173,11 +186,9 @@ def segment_loss_kernel(
         _put(row, 13, tl.load(ent_ptr + at, mask, 0.0), mask)
     else:
         tl.store(row + 13, 0.0)
+    is_bad = nonfinite | bad_segment | bad_id
+    weight = tl.where(is_bad, float("nan"), weight)
     tl.store(grad_ptr + at, gradient * weight, mask)
-    whole = difference + beh
-    nonfinite = (whole - whole) != 0.0
-    scaled = weight * (pos + neg)
-    is_bad = is_bad | ((scaled - scaled) != 0.0)
     _put(row, 0, mask, mask)
     _put(row, 1, nonfinite, mask)
     _put(row, 2, clamped, mask)
@@ -191,15 +202,16 @@ def segment_loss_kernel(
     _put(row, 14, pos + neg, mask)
     _put(row, 15, -(weight * objective), mask)
     _put(row, 16, dual, mask)
-    _put(row, 17, is_bad, mask)
+    _put(row, 17, bad_segment, mask)
+    _put(row, 18, bad_id, mask)
     infinity = float("inf")
-    tl.store(row + 18, tl.max(tl.where(mask, ratio, -infinity), 0).to(tl.float64))
-    tl.store(row + 19, tl.min(tl.where(mask, ratio, infinity), 0).to(tl.float64))
-    tl.store(row + 20, tl.min(tl.where(mask & (nonfinite | is_bad), at.to(tl.float64), infinity), 0))
-    _put(row, 21, weight * token_loss, mask)
+    tl.store(row + 19, tl.max(tl.where(mask, ratio, -infinity), 0).to(tl.float64))
+    tl.store(row + 20, tl.min(tl.where(mask, ratio, infinity), 0).to(tl.float64))
+    tl.store(row + 21, tl.min(tl.where(mask & is_bad, at.to(tl.float64), infinity), 0))
+    _put(row, 22, weight * token_loss, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def finish_kernel(
     partial_ptr, metric_ptr, loss_ptr, num_blocks,
     WIDTH: tl.constexpr, ADDITIVE: tl.constexpr, METRICS: tl.constexpr, ROWS: tl.constexpr,
@@ -243,17 +255,21 @@ def launch(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor, Te
     partials = torch.empty((blocks, COLUMNS), dtype=torch.float64, device=current.device)
     metrics = torch.empty(NUM_METRICS, dtype=torch.float64, device=current.device)
     loss = torch.empty((), dtype=torch.float32, device=current.device)
-    segment_loss_kernel[(blocks,)](
-        current, inputs.behavior.contiguous(), ids, adv, neg, weights, prox, ref, ent, bound,
-        gradient, partials, current.numel(), inputs.advantages.numel(),
+    numbers = (
         1 - options.eps_low, 1 + options.eps_high, options.dual_clip or 0.0, options.weight_floor,
         options.weight_cap, options.tv_bound, options.kl_coef,
-        **switches(inputs, options), WIDTH=COLUMNS, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
-    finish_kernel[(1,)](
-        partials, metrics, loss, blocks, WIDTH=COLUMNS, ADDITIVE=NUM_ADDITIVE, METRICS=NUM_METRICS,
-        ROWS=FINISH_ROWS, num_warps=4,
-    )  # fmt: skip
+    with on_device(current):
+        segment_loss_kernel[(blocks,)](
+            current, inputs.behavior.contiguous(), ids, adv, neg, weights, prox, ref, ent, bound,
+            gradient, partials, current.numel(), inputs.advantages.numel(), *map(float, numbers),
+            **switches(inputs, options), WIDTH=COLUMNS, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        finish_kernel[(1,)](
+            partials, metrics, loss, blocks, WIDTH=COLUMNS, ADDITIVE=NUM_ADDITIVE, METRICS=NUM_METRICS,
+            ROWS=FINISH_ROWS, num_warps=FINISH_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
     return loss, gradient, metrics
 
 

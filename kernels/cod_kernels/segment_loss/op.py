@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cod_kernels.dispatch import KernelInputError, choose_backend
-from cod_kernels.segment_loss.checks import check_call
+from cod_kernels.segment_loss.checks import check_call, check_finite
 from cod_kernels.segment_loss.reference import (
     METRIC_NAMES,
     NUM_ADDITIVE,
@@ -21,6 +21,12 @@ from cod_kernels.segment_loss.reference import (
 __all__ = ["METRIC_NAMES", "merge_metrics", "segment_loss", "summarize_metrics"]
 
 _OP = "segment_loss"
+_REFUSED = {
+    "num_bad_ids": "segment_ids are out of range",
+    "num_bad_segments": "advantages, negative_advantages, weights or m2po_bound are not finite or have the "
+    "wrong sign",
+    "num_nonfinite": "current, behavior, proximal or reference log-probs are not finite",
+}
 
 
 def evaluate(inputs: LossInputs, options: LossOptions, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +66,9 @@ def bound_tensor(bound: Tensor | float | None, like: Tensor) -> Tensor | None:
     """Return the M2PO bound as a scalar tensor beside ``like``."""
     if bound is None:
         return None
-    return torch.as_tensor(bound, dtype=like.dtype, device=like.device).detach().reshape(())
+    if isinstance(bound, Tensor):
+        return bound.detach().to(like.dtype).reshape(())
+    return torch.full((), bound, dtype=like.dtype, device=like.device)  # filled there: nothing to wait for
 
 
 def segment_loss(
@@ -123,8 +131,9 @@ def segment_loss(
         (loss, a scalar; metrics, float64 [len(METRIC_NAMES)], on the same device, not differentiable).
 
     Raises:
-        KernelInputError: names the argument, and on the CPU the first offending index; on CUDA bad values are
-            counted in the metrics and refused by :func:`summarize_metrics`.
+        KernelInputError: names the argument, and on the CPU the first offending index; on CUDA bad values
+            make the loss and the gradient of their tokens NaN, are counted in the metrics and refused by
+            :func:`summarize_metrics`.
         BackendUnavailableError: Triton is wanted and cannot be had.
     """
     options = LossOptions(
@@ -139,6 +148,8 @@ def segment_loss(
     }
     segments = {"advantages": advantages, "weights": weights, "negative_advantages": negative_advantages}
     check_call(tokens, segment_ids, segments, options, m2po_bound)
+    if current_logprobs.device.type == "cpu":
+        check_finite("current_logprobs", current_logprobs)
     chosen = choose_backend(_OP, backend, current_logprobs.device)
     inputs = loss_inputs(current_logprobs, tokens, segment_ids, segments, m2po_bound)
     loss, metrics = _SegmentLoss.apply(  # type: ignore[no-untyped-call]
@@ -192,10 +203,10 @@ def merge_metrics(parts: Sequence[Tensor]) -> Tensor:
 
 
 def summarize_metrics(metrics: Tensor) -> dict[str, float]:
-    """Turn a metrics vector into named numbers; the one place that reads the device.
+    """Turn a metrics vector into named numbers; the one place that reads the device (once).
 
     Returns:
-        ``num_action_tokens``, ``num_nonfinite``, ``num_clamped``; ``masked_positive_frac`` and
+        ``num_action_tokens``, ``num_clamped``; ``masked_positive_frac`` and
         ``masked_negative_frac`` of the tokens of that sign, ``masked_frac`` of all; ``dual_clipped_frac``;
         ``ratio_mean|max|min`` (current / behaviour, or current / proximal); ``ess_frac`` = (sum r)^2 / (A sum
         r^2); ``behavior_weight_mean`` and ``weight_capped_frac``; ``kl_behavior`` = mean(r - 1 - log r), an
@@ -203,20 +214,20 @@ def summarize_metrics(metrics: Tensor) -> dict[str, float]:
         ``policy_loss``.
 
     Raises:
-        KernelInputError: on CUDA, segment ids were out of range or advantages or weights not finite.
+        KernelInputError: a value that only the device has seen was bad: names the arguments, how many tokens,
+            and the first.
     """
     v = dict(zip(METRIC_NAMES, metrics.tolist(), strict=True))
-    if v["num_bad_segments"]:
+    found = [f"{text} at {v[name]:.0f} tokens" for name, text in _REFUSED.items() if v[name]]
+    if found:
         raise KernelInputError(
-            f"{_OP}: segment_ids are out of range, or advantages or weights not finite, at "
-            f"{v['num_bad_segments']:.0f} tokens; the first bad token is {v['first_bad_token']:.0f}"
+            f"{_OP}: {', '.join(found)}; the first bad token of a call is {v['first_bad_token']:.0f}"
         )
     count = max(v["num_tokens"], 1.0)
     masked = v["num_masked_positive"] + v["num_masked_negative"]
     squared = v["sum_ratio_squared"]
     return {
         "num_action_tokens": v["num_tokens"],
-        "num_nonfinite": v["num_nonfinite"],
         "num_clamped": v["num_clamped"],
         "masked_positive_frac": v["num_masked_positive"] / max(v["num_positive"], 1.0),
         "masked_negative_frac": v["num_masked_negative"] / max(v["num_negative"], 1.0),

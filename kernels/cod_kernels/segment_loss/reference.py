@@ -34,6 +34,7 @@ METRIC_NAMES = (
     "policy_loss",
     "num_dual_clipped",
     "num_bad_segments",
+    "num_bad_ids",
     "max_ratio",
     "min_ratio",
     "first_bad_token",
@@ -207,15 +208,27 @@ def _policy(
     return _Policy(objective, slope * ~is_clamped, masked_positive, masked_negative, dual)
 
 
-def loss_gradient_and_metrics(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss scalar, d loss / d current [A], metrics float64 [len(METRIC_NAMES)])."""
+def loss_gradient_and_metrics(
+    inputs: LossInputs, options: LossOptions, *, has_checked: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss scalar, d loss / d current [A], metrics float64 [len(METRIC_NAMES)]).
+
+    A token with a bad value has a NaN gradient and makes the loss NaN.
+
+    Args:
+        inputs: tensors of the call.
+        options: its switches.
+        has_checked: segment ids are known to be in range; on the CPU they are when None.
+    """
+    if has_checked is None:
+        has_checked = inputs.current.device.type == "cpu"  # the op has refused others already
     current, ids, weights = inputs.current, inputs.segment_ids, inputs.weights
     is_bad_id = None
-    if current.device.type != "cpu":  # on the CPU the op has refused them already
+    if not has_checked:
         is_bad_id = (ids < 0) | (ids >= weights.numel())
         ids = ids.clamp(0, weights.numel() - 1)
     positive, negative = advantage_parts(inputs, ids)
-    weight = weights[ids]
+    weight, is_bad_segment = _token_weight(inputs, ids, positive, negative)
     anchor = inputs.behavior if inputs.proximal is None else inputs.proximal
     difference = current - anchor
     log_ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -234,6 +247,13 @@ def loss_gradient_and_metrics(inputs: LossInputs, options: LossOptions) -> tuple
         if options.clip not in RATIO_CLIPS:
             objective = slope * current
     kl_value, kl_slope = _divergence(inputs, options)
+    is_nonfinite = ~torch.isfinite(difference + inputs.behavior)
+    if inputs.reference is not None:
+        is_nonfinite = is_nonfinite | ~torch.isfinite(inputs.reference)
+    is_bad = is_nonfinite | is_bad_segment
+    if is_bad_id is not None:
+        is_bad = is_bad | is_bad_id
+    weight = torch.where(is_bad, torch.nan, weight)
     token_loss, gradient = -objective, -slope
     if options.kl_coef > 0 and kl_value is not None:
         token_loss = token_loss + options.kl_coef * kl_value
@@ -242,10 +262,6 @@ def loss_gradient_and_metrics(inputs: LossInputs, options: LossOptions) -> tuple
     if inputs.proximal is not None:
         gap = (current - inputs.behavior).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         grown = gap.exp()
-    is_nonfinite = ~torch.isfinite(difference + inputs.behavior)
-    is_bad_segment = ~torch.isfinite(weight * (positive + negative))
-    if is_bad_id is not None:
-        is_bad_segment = is_bad_segment | is_bad_id
     metrics = _metrics(
         {
             "num_nonfinite": is_nonfinite,
@@ -265,9 +281,10 @@ def loss_gradient_and_metrics(inputs: LossInputs, options: LossOptions) -> tuple
             "policy_loss": -(weight * objective),
             "num_dual_clipped": policy.dual,
             "num_bad_segments": is_bad_segment,
+            "num_bad_ids": is_bad_id,
         },
         ratio,
-        is_nonfinite | is_bad_segment,
+        is_bad,
     )
     return loss.to(current.dtype), gradient * weight, metrics
 
@@ -278,6 +295,19 @@ def advantage_parts(inputs: LossInputs, ids: Tensor) -> tuple[Tensor, Tensor]:
         return inputs.advantages[ids], inputs.negative_advantages[ids]
     advantage = inputs.advantages[ids]
     return advantage.clamp(min=0), advantage.clamp(max=0)
+
+
+def _token_weight(
+    inputs: LossInputs, ids: Tensor, positive: Tensor, negative: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (each token's weight, whether what its segment says cannot be used)."""
+    weight = inputs.weights[ids]
+    is_bad = ~torch.isfinite(weight * (positive + negative))
+    if inputs.negative_advantages is not None:
+        is_bad = is_bad | (positive < 0) | (negative > 0)
+    if inputs.m2po_bound is not None:
+        is_bad = is_bad | ~((inputs.m2po_bound >= 0) & torch.isfinite(inputs.m2po_bound))
+    return weight, is_bad
 
 
 def _divergence(inputs: LossInputs, options: LossOptions) -> tuple[Tensor | None, Tensor]:
@@ -300,11 +330,15 @@ def _metrics(terms: dict[str, Tensor | None], ratio: Tensor, is_bad: Tensor) -> 
     device.
     """
     zero = torch.zeros((), dtype=torch.float64, device=ratio.device)
+
+    def total(term: Tensor | None) -> Tensor:
+        if term is None:
+            return zero
+        is_count = term.dtype == torch.bool
+        return term.count_nonzero().double() if is_count else term.sum(dtype=torch.float64)
+
     sums = [zero + ratio.numel()]
-    sums += [
-        zero if (term := terms[name]) is None else term.sum(dtype=torch.float64)
-        for name in METRIC_NAMES[1:NUM_ADDITIVE]
-    ]
+    sums += [total(terms[name]) for name in METRIC_NAMES[1:NUM_ADDITIVE]]
     index = torch.arange(ratio.numel(), dtype=torch.float64, device=ratio.device)
     first = torch.where(is_bad, index, torch.inf).min()
     return torch.stack([*sums, ratio.max().double(), ratio.min().double(), first])

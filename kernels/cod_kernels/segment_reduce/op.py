@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cod_kernels.dispatch import KernelInputError, choose_backend, first_index, require
+from cod_kernels.faults import BAD_SEGMENT_ID, BAD_VALUE, note_fault
 from cod_kernels.segment_reduce.reference import segment_sums
 
 _OP = "segment_reduce"
@@ -30,8 +31,8 @@ class _SegmentReduce(torch.autograd.Function):
             sums, counts = segment_sums(values, segment_ids.long(), num_segments)
         ctx.mark_non_differentiable(counts)
         if values.device.type != "cpu":
-            is_lost = counts.sum() != values.numel()  # a segment id was out of range
-            sums = torch.where(is_lost, torch.nan, sums)
+            is_bad = note_values(values, segment_ids, num_segments, is_sorted)
+            sums = torch.where(is_bad, torch.nan, sums)
         return sums.to(values.dtype), counts
 
     @staticmethod
@@ -60,15 +61,16 @@ def segment_reduce(
         values: float32 or float64 [A], A >= 1.
         segment_ids: int32 or int64 [A] in [0, N).
         num_segments: N >= 1.
-        is_sorted: the ids never fall; spares the sort on CUDA. Wrong there, sums come out wrong.
+        is_sorted: the ids never fall; spares the sort on CUDA.
         backend: ``auto`` (Triton on CUDA, torch elsewhere), ``torch`` or ``triton``.
 
     Returns:
         (sums [N] in the dtype of ``values``, added in float64; counts float64 [N]). An empty segment has sum
-        0. On CUDA an id out of range makes every sum NaN; on the CPU it raises.
+        0.
 
     Raises:
-        KernelInputError: names the argument, and on the CPU the first offending index.
+        KernelInputError: names the argument, and on the CPU the first offending index; on CUDA bad values
+            make every sum NaN and :func:`cod_kernels.raise_faults` names the first.
         BackendUnavailableError: Triton is wanted and cannot be had.
     """
     require(values.dim() == 1, f"{_OP}: values must be [A], has shape {list(values.shape)}")
@@ -89,6 +91,10 @@ def segment_reduce(
         segment_ids.device == values.device,
         f"{_OP}: segment_ids is on {segment_ids.device}, values on {values.device}",
     )
+    require(
+        isinstance(num_segments, int) and not isinstance(num_segments, bool),
+        f"{_OP}: num_segments must be an int, is a {type(num_segments).__name__}",
+    )
     require(num_segments >= 1, f"{_OP}: num_segments must be at least 1, is {num_segments}")
     chosen = choose_backend(_OP, backend, values.device)
     if values.device.type == "cpu":
@@ -99,18 +105,30 @@ def segment_reduce(
     return sums, counts
 
 
-def _check_values(values: Tensor, segment_ids: Tensor, num_segments: int, is_sorted: bool) -> None:
+def note_values(values: Tensor, segment_ids: Tensor, num_segments: int, is_sorted: bool) -> Tensor:
+    """Note the first bad id and the first bad value on their device; return whether there is one."""
+    is_bad_id = _bad_ids(segment_ids, num_segments, is_sorted)
+    is_bad_value = ~torch.isfinite(values)
+    note_fault(BAD_SEGMENT_ID, is_bad_id)
+    note_fault(BAD_VALUE, is_bad_value)
+    return (is_bad_id | is_bad_value).any()
+
+
+def _bad_ids(segment_ids: Tensor, num_segments: int, is_sorted: bool) -> Tensor:
     bad = (segment_ids < 0) | (segment_ids >= num_segments)
+    if is_sorted:
+        bad[1:] |= segment_ids[1:] < segment_ids[:-1]
+    return bad
+
+
+def _check_values(values: Tensor, segment_ids: Tensor, num_segments: int, is_sorted: bool) -> None:
+    bad = _bad_ids(segment_ids, num_segments, is_sorted)
     if bool(bad.any()):
         index = first_index(bad)
-        raise KernelInputError(
-            f"{_OP}: segment_ids[{index}] is {int(segment_ids[index])}, there are {num_segments} segments"
-        )
-    falls = segment_ids[1:] < segment_ids[:-1]
-    if is_sorted and bool(falls.any()):
-        raise KernelInputError(
-            f"{_OP}: segment_ids fall at index {first_index(falls) + 1}; pass is_sorted=False"
-        )
+        found = int(segment_ids[index])
+        if 0 <= found < num_segments:
+            raise KernelInputError(f"{_OP}: segment_ids fall at index {index}; pass is_sorted=False")
+        raise KernelInputError(f"{_OP}: segment_ids[{index}] is {found}, there are {num_segments} segments")
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         index = first_index(bad)

@@ -18,6 +18,7 @@ from cod_async.learner.step import Trainer, learning_rate, parameter_groups
 from cod_async.lifecycle.arrays import Array
 from cod_async.models.qwen3 import Qwen3
 from cod_async.wire.messages import TrainItem
+from cod_kernels import merge_metrics, summarize_metrics
 
 
 def _items(model: Qwen3, count: int = 30) -> list[TrainItem]:
@@ -57,22 +58,55 @@ def _naive(model: Qwen3, reference: Qwen3, items: list[TrainItem], loss: LossCon
     return total / count
 
 
+@pytest.mark.parametrize("kl_coef", [0.05, 0.0])
 @pytest.mark.parametrize("budget", [64, 100_000])
-def test_gradient_is_that_of_the_exact_global_token_mean(budget: int) -> None:
+def test_gradient_is_that_of_the_exact_global_token_mean(budget: int, kl_coef: float) -> None:
+    """Without a divergence, items without advantage come last and cost a forward pass, as on a GPU."""
     model, reference = tiny_model(), tiny_model(1)
-    items = _items(model)
-    loss = LossConfig(kl_coef=0.05)
+    items = [
+        msgspec.structs.replace(item, advantage=0.0) if index % 3 == 1 else item
+        for index, item in enumerate(_items(model))
+    ]
+    loss = LossConfig(kl_coef=kl_coef)
     wide, wide_reference = copy.deepcopy(model).double(), copy.deepcopy(reference).double()
     expected = _naive(wide, wide_reference, items, loss)
     expected.backward()
     learner = LearnerConfig(tokens_per_micro_batch=budget)
     trainer = Trainer.create(model, learner, loss, 0.8, reference)
-    losses, parts = trainer._accumulate(flatten(items, vocab_size=VOCAB))
+    flat = flatten(items, vocab_size=VOCAB)
+    losses, parts = trainer._accumulate(flat, None if kl_coef else flat.advantages != 0)
     assert len(parts) > 5 or budget > 64
+    assert summarize_metrics(merge_metrics(parts))["num_action_tokens"] == flat.num_action_tokens
     assert sum(part.item() for part in losses) == pytest.approx(expected.item(), abs=1e-6)
     for ours, truth in zip(model.parameters(), wide.parameters(), strict=True):
         assert ours.grad is not None and truth.grad is not None
         assert (ours.grad - truth.grad).norm() <= 1e-5 * truth.grad.norm() + 1e-8
+
+
+def test_a_step_without_any_advantage_has_zero_gradients() -> None:
+    model = tiny_model()
+    items = [msgspec.structs.replace(item, advantage=0.0) for item in _items(model)]
+    flat = flatten(items, vocab_size=VOCAB)
+    trainer = Trainer.create(model, LearnerConfig(), LossConfig(), 0.8)
+    _, parts = trainer._accumulate(flat, flat.advantages != 0)
+    assert summarize_metrics(merge_metrics(parts))["num_action_tokens"] == flat.num_action_tokens
+    for parameter in model.parameters():
+        assert parameter.grad is not None and not parameter.grad.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nothing_is_read_back_inside_a_step() -> None:
+    model = tiny_model()
+    flat = flatten(_items(model), vocab_size=VOCAB)
+    trainer = Trainer.create(model.cuda(), LearnerConfig(), LossConfig(), 0.8)
+    trainer.take_step(flat, 0)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, parts = trainer._accumulate(flat, trainer._trained_items(flat))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert summarize_metrics(merge_metrics(parts))["num_action_tokens"] == flat.num_action_tokens
 
 
 def test_metrics_of_a_step() -> None:
