@@ -57,7 +57,10 @@ RUN = "t"
 CONTEXT = 64
 
 
-def make_config(**sections: dict[str, Any]) -> Config:
+DOOR = EnvironmentConfig(name="hidden_buttons", preset="door")
+
+
+def make_config(environment: EnvironmentConfig = DOOR, **sections: dict[str, Any]) -> Config:
     base: dict[str, dict[str, Any]] = {
         "actors": {"lifecycles_per_process": 4, "max_retries": 2},
         "transport": {"heartbeat_s": 0.1, "session_timeout_s": 3.0, "resend_s": 0.3},
@@ -67,7 +70,7 @@ def make_config(**sections: dict[str, Any]) -> Config:
     }
     merged = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {*base, *sections}}
     return Config(
-        environments=(EnvironmentConfig(name="hidden_buttons", preset="door"),),
+        environments=(environment,),
         actors=ActorsConfig(**merged["actors"]),
         transport=TransportConfig(**merged["transport"]),
         run=RunSection(**merged["run"]),
@@ -78,10 +81,16 @@ def make_config(**sections: dict[str, Any]) -> Config:
 
 
 def make_lease(
-    group: int, member: int = 0, *, epoch: int = 0, version: int = 0, state: LifecycleState | None = None
+    group: int,
+    member: int = 0,
+    *,
+    epoch: int = 0,
+    version: int = 0,
+    state: LifecycleState | None = None,
+    environment: EnvironmentConfig = DOOR,
 ) -> Lease:
     """A lease of a *door* pack of three tasks; lifecycles of a group share the pack, not the seed."""
-    plan = plan_pack((EnvironmentConfig(name="hidden_buttons", preset="door"),), 3, 0, group)
+    plan = plan_pack((environment,), 3, 0, group)
     return Lease(
         ref=LeaseRef(group, member, epoch),
         environment=plan.environment,
@@ -343,9 +352,11 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def playing(folder: Path, **sections: dict[str, Any]) -> AsyncIterator[World]:
+async def playing(
+    folder: Path, environment: EnvironmentConfig = DOOR, **sections: dict[str, Any]
+) -> AsyncIterator[World]:
     """Run a worker; at the end it is stopped if it still runs, and its counters are checked."""
-    config = make_config(**sections)
+    config = make_config(environment, **sections)
     model = tiny_model(folder)
     engine = EmbeddedEngine(
         model, config.engine, max_context_tokens=CONTEXT, version=Version(0, 0), run_dir=folder

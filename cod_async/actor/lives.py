@@ -15,10 +15,9 @@ from typing import Protocol
 from cod_async.actor.meter import Meter, MeteredEngine
 from cod_async.config.schema import Config, LifecycleConfig
 from cod_async.engines.base import Engine
-from cod_async.envs import registry
-from cod_async.envs.base import Environment, TaskSpec
+from cod_async.envs.base import Playable, TaskSpec
+from cod_async.envs.worker import WorkerPool, make_environment
 from cod_async.errors import InfrastructureError, InputError
-from cod_async.lifecycle.episodes import environment_errors
 from cod_async.lifecycle.packs import told_position
 from cod_async.lifecycle.rendering import Renderer
 from cod_async.lifecycle.rollout import LifecycleSpec, initial_state, play
@@ -54,6 +53,7 @@ class Life:
         engine: the actor's shared engine.
         meter: the actor's counts.
         renderer: the model's template family.
+        workers: where environments under limits are played.
         delivery: where sealed segments go.
         wait_for_version: returns once the engine is at the given version or newer.
     """
@@ -68,6 +68,7 @@ class Life:
         engine: Engine,
         meter: Meter,
         renderer: Renderer,
+        workers: WorkerPool,
         delivery: Delivery,
         wait_for_version: Callable[[Version], Awaitable[None]],
     ) -> None:
@@ -75,6 +76,7 @@ class Life:
         self._config = config
         self._engine = MeteredEngine(engine, meter)
         self._renderer = renderer
+        self._workers = workers
         self._delivery = delivery
         self._wait_for_version = wait_for_version
         self._previous: asyncio.Future[str | None] | None = None
@@ -95,7 +97,8 @@ class Life:
         Raises:
             LifeOver: the coordinator dropped a segment (fenced, stale, group closed).
             WireError: a segment can never be sent (too large, not finite).
-            InfrastructureError: an episode kept failing after ``actors.max_retries`` retries.
+            InfrastructureError: an episode kept failing after ``actors.max_retries`` retries, or failed once
+                in an environment that cannot go on from a sealed state.
             InputError: the lease cannot be played at all with this configuration.
         """
         state = self.lease.state
@@ -108,7 +111,7 @@ class Life:
                 except _EpisodeFailed as failure:
                     self._engine.discard("infrastructure")
                     num_failures = 1 if failure.has_progressed else num_failures + 1
-                    if num_failures > self._config.actors.max_retries:
+                    if num_failures > self._config.actors.max_retries or not failure.can_retry:
                         raise InfrastructureError(str(failure.__cause__)) from failure
                     state = failure.state
         finally:
@@ -116,9 +119,13 @@ class Life:
 
     async def _play(self, state: LifecycleState | None) -> None:
         """Play from ``state``, remembering where a failure struck."""
-        has_progressed = False
+        has_progressed, can_retry = False, True
+        environment: Playable | None = None
         try:
-            environment = _make_environment(self._spec.tasks[0])
+            environment = await make_environment(
+                self._spec.tasks[0], self._config.environments, self._workers
+            )
+            can_retry = environment.is_resumable
             if state is None:
                 state = initial_state(environment)
             episodes = play(
@@ -138,7 +145,11 @@ class Life:
                 state, has_progressed = continued(state, segment), True
                 self._previous, self._latest = self._latest, await self._delivery.deliver(segment)
         except InfrastructureError as error:
-            raise _EpisodeFailed(state, has_progressed) from error
+            can_retry = can_retry or state is None or state.next_ordinal == 0
+            raise _EpisodeFailed(state, has_progressed, can_retry) from error
+        finally:
+            if environment is not None:
+                await environment.close()
 
     async def _before_episode(self, ordinal: int) -> None:
         """Hold the next episode until the segment before the last is settled and the engine is new enough."""
@@ -151,12 +162,13 @@ class Life:
 
 
 class _EpisodeFailed(Exception):
-    """An episode failed as infrastructure; ``state`` is where to try again."""
+    """An episode failed as infrastructure; ``state`` is where to try again, if ``can_retry``."""
 
-    def __init__(self, state: LifecycleState | None, has_progressed: bool) -> None:
+    def __init__(self, state: LifecycleState | None, has_progressed: bool, can_retry: bool) -> None:
         super().__init__()
         self.state = state
         self.has_progressed = has_progressed
+        self.can_retry = can_retry
 
 
 def _tasks(lease: Lease, config: LifecycleConfig) -> tuple[TaskSpec, ...]:
@@ -190,10 +202,3 @@ def _tasks(lease: Lease, config: LifecycleConfig) -> tuple[TaskSpec, ...]:
         )
         for position, record in enumerate(records)
     )
-
-
-def _make_environment(task: TaskSpec) -> Environment:
-    """Return a fresh environment for a pack."""
-    with environment_errors(task.environment):
-        spec = registry.get(task.environment)
-        return spec.make(spec.options(task.preset, task.options))

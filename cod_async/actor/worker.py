@@ -23,6 +23,7 @@ from cod_async.actor.meter import Meter
 from cod_async.config.load import load_resolved
 from cod_async.config.schema import Config
 from cod_async.engines.base import Engine
+from cod_async.envs.worker import WorkerPool
 from cod_async.errors import (
     CodError,
     InfrastructureError,
@@ -99,6 +100,7 @@ class ActorWorker:
             max_outbox_segments=config.actors.max_outbox_segments,
         )
         self._meter = Meter(engine)
+        self._environments = WorkerPool()
         self._report = Heartbeat()
         self._lives: dict[LeaseRef, asyncio.Task[None]] = {}
         self._fenced: dict[LeaseRef, None] = {}
@@ -134,6 +136,7 @@ class ActorWorker:
             for task in (stopping, *tasks):
                 task.cancel()
             ends = await asyncio.gather(stopping, *tasks, return_exceptions=True)
+            await self._environments.aclose()
             await self._engine.aclose()
         if self._failure is not None:
             raise self._failure
@@ -168,7 +171,7 @@ class ActorWorker:
         for segment in self._outbox.values():
             self._meter.discarded_segment(segment, "undelivered")
         self._outbox.clear()
-        await self._client.close(Bye(counters=self._meter.counters()), drain_s=1.0)
+        await self._client.close(Bye(counters=self._counters()), drain_s=1.0)
 
     async def _until_empty(self, things: Collection[object], deadline: float) -> None:
         """Wait until ``things`` are empty, the link has failed, or the loop's clock says ``deadline``."""
@@ -240,6 +243,7 @@ class ActorWorker:
                 engine=self._engine,
                 meter=self._meter,
                 renderer=self._renderer,
+                workers=self._environments,
                 delivery=self,
                 wait_for_version=self._wait_for_version,
             )
@@ -364,9 +368,12 @@ class ActorWorker:
         """Keep the next heartbeat fresh: made in the loop, between two awaits, so that its counts agree."""
         while True:
             self._report = Heartbeat(
-                counters=self._meter.counters(), engine_version=self._engine.version, held=list(self._lives)
+                counters=self._counters(), engine_version=self._engine.version, held=list(self._lives)
             )
             await asyncio.sleep(self._config.transport.heartbeat_s / 2)
+
+    def _counters(self) -> dict[str, float]:
+        return self._meter.counters() | self._environments.counters()
 
 
 def run_actor(run_dir: Path, name: str) -> int:

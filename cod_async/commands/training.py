@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from cod_async.commands.output import print_json, print_mapping, print_table
-from cod_async.config import config_digest, load_resolved
+from cod_async.config import load_resolved
 from cod_async.config.check import NO_ENVIRONMENTS, check, check_new_folder, check_run_dir, run_dir_of
 from cod_async.config.load import apply_overrides, override_path, read_config, to_tree
 from cod_async.config.schema import Config
 from cod_async.durable import write_atomic
 from cod_async.errors import ConfigError, InputError
-from cod_async.observe.summary import CURVES, TAUGHT_TITLE
+from cod_async.observe.summary import TAUGHT_TITLE
 
 RESUME_MAY_SET = (
     "run.num_steps", "run.early_stop", "run.grace_s", "actors", "observe", "evaluation", "store", "transport",
@@ -29,20 +28,28 @@ RESUME_MAY_SET = (
 
 
 def _read_and_check(
-    paths: Sequence[Path], overrides: Sequence[str], *, for_train: bool
+    paths: Sequence[Path], overrides: Sequence[str], *, for_train: bool, needs_weights: bool | None = None
 ) -> tuple[Config | None, list[str]]:
     """Read a configuration and return it with all problems, those of cross-field rules included."""
     config, problems = read_config(paths, overrides)
     if config is not None:
-        crossed = check(config, for_train=for_train)
+        crossed = check(config, for_train=for_train, needs_weights=needs_weights)
         if problems:  # a refused environment was left out, which is not the same as none being given
             crossed = [problem for problem in crossed if not problem.startswith(NO_ENVIRONMENTS)]
         problems += crossed
     return config, problems
 
 
-def load_checked(paths: Sequence[Path], overrides: Sequence[str], name: str | None) -> tuple[Config, Path]:
+def load_checked(
+    paths: Sequence[Path], overrides: Sequence[str], name: str | None, *, needs_weights: bool = True
+) -> tuple[Config, Path]:
     """Load and check the configuration of a new run.
+
+    Args:
+        paths: TOML files, left to right.
+        overrides: ``--set`` values, left to right.
+        name: ``--name``, which goes before ``run.name``.
+        needs_weights: the model must be there; False: ``model.shape`` is enough.
 
     Returns:
         The configuration and its run folder, which does not exist yet.
@@ -52,7 +59,7 @@ def load_checked(paths: Sequence[Path], overrides: Sequence[str], name: str | No
     """
     if name is not None:
         overrides = [*overrides, f"run.name={json.dumps(name)}"]
-    config, problems = _read_and_check(paths, overrides, for_train=True)
+    config, problems = _read_and_check(paths, overrides, for_train=True, needs_weights=needs_weights)
     if config is not None:
         problems += check_run_dir(run_dir_of(config), is_resume=False)
     if problems or config is None:
@@ -100,10 +107,12 @@ def run_train(
     if resume is None and not paths:
         raise InputError("cod train: no configuration; give one or more TOML files, or --resume RUN")
     if resume is None:
-        config, run_dir = load_checked(paths, overrides, name)
+        config, run_dir = load_checked(paths, overrides, name, needs_weights=not is_dry_run)
     else:
         config, run_dir = load_resumed(resume, paths, overrides, name), resume
     if is_dry_run:
+        from cod_async.commands.planning import plan
+
         tree, steps = to_tree(config), plan(config)
         if is_json:
             print_json({"run_dir": str(run_dir), "config": tree, "plan": steps})
@@ -120,54 +129,6 @@ def run_train(
     finally:
         if is_json:
             print_json(read_summary(run_dir))
-
-
-def plan(config: Config) -> dict[str, Any]:
-    """Return what a run will start and how much it will do, from the configuration alone.
-
-    Token numbers are upper bounds: they take every response at its limit and every row at the context length.
-    """
-    lifecycle, learner, staleness = config.lifecycle, config.learner, config.staleness
-    num_updates = lifecycle.pack_size - 1 if lifecycle.has_updates else 0
-    num_lifecycles = learner.groups_per_step * lifecycle.group_size
-    num_segments = num_lifecycles * (lifecycle.pack_size + num_updates)
-    max_tokens = num_segments * config.model.max_context_tokens
-    ahead = staleness.plan_ahead_steps
-    if ahead < 0:
-        ahead = max(1, staleness.max_lag // 2) if staleness.max_lag else 0
-    at_once = config.actors.num_processes * config.actors.lifecycles_per_process
-    return {
-        "config_digest": config_digest(config),
-        "processes": {"coordinator": 1, "learner": 1, "actors": config.actors.num_processes},
-        "threads": config.actors.num_processes * config.engine.num_threads + learner.num_threads,
-        "lifecycles_at_once": at_once,
-        "per_step": {
-            "groups": learner.groups_per_step,
-            "lifecycles": num_lifecycles,
-            "segments": num_segments,
-            "tokens_at_most": max_tokens,
-            "micro_batches_at_most": math.ceil(max_tokens / learner.tokens_per_micro_batch),
-        },
-        "run": {
-            "steps_at_most": config.run.num_steps,
-            "lifecycles_at_most": config.run.num_steps * num_lifecycles,
-            "segments_at_most": config.run.num_steps * num_segments,
-        },
-        "staleness": {
-            "max_lag": staleness.max_lag,
-            "plan_ahead_steps": ahead,
-            "lifecycles_under_way_at_most": (ahead + 1) * num_lifecycles,
-            "are_actors_filled": at_once >= num_lifecycles,
-        },
-        "evaluation_lifecycles": config.evaluation.num_packs
-        * config.evaluation.lifecycles_per_pack
-        * len(CURVES)
-        * len(config.environments)
-        if config.evaluation.is_enabled
-        else 0,
-        "model": config.model.path
-        or f"bootstrap ({config.bootstrap.kind}), {config.bootstrap.num_steps} steps",
-    }
 
 
 def run_bootstrap_command(

@@ -7,16 +7,17 @@ them all, so that a user sees every problem at once and before any process start
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cod_async.config.schema import Config
+from cod_async.config.check_model import model_problems
+from cod_async.config.schema import Config, EnvironmentConfig
 from cod_async.errors import ConfigError, EnvironmentInputError, InputError, StoreError
 
 if TYPE_CHECKING:
@@ -24,36 +25,39 @@ if TYPE_CHECKING:
 
 _BIND = re.compile(r"^tcp://(?P<host>.+):(?P<port>[0-9]{1,5})$")
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 NO_ENVIRONMENTS = "environments: empty"
 MIN_HEARTBEATS = 3
 """A session must survive this many lost heartbeats."""
 BYTES_PER_TOKEN = 8
 """An int32 id and a float32 log-prob per token on the wire."""
+MIN_WORKER_BYTES = 256 << 20
+"""Python, numpy and this package take about half of it."""
 MIN_BYTE_VOCAB = 300
 """256 bytes and the special tokens of the byte-level tokenizer."""
 
 Problems = Iterator[str]
 
 
-def check(config: Config, *, for_train: bool = True) -> list[str]:
+def check(config: Config, *, for_train: bool = True, needs_weights: bool | None = None) -> list[str]:
     """List every cross-field problem of a configuration.
 
     Args:
         config: a configuration that already passed :func:`cod_async.config.load.load_config`.
         for_train: also apply the rules that only training needs (log-probs must be those of the trained
             policy, folder and port must be usable).
+        needs_weights: the model in ``model.path`` must be there, and one that this version trains, even if
+            ``model.shape`` says what it is; None: as ``for_train``.
 
     Returns:
         One sentence per problem, in the order of the sections; empty if nothing is wrong.
     """
+    model = partial(model_problems, needs_weights=for_train if needs_weights is None else needs_weights)
     rules: list[Callable[[Config], Problems]] = [
-        _environments, _lifecycle, _model, _bootstrap, _engine, _transport, _staleness, _groups,
+        _environments, _lifecycle, model, _bootstrap, _engine, _transport, _staleness, _groups,
         _credit_assignment, _learner, _early_stop,
     ]  # fmt: skip
     if for_train:
-        rules += [_train_only, _port, _output_dir]
+        rules += [_train_only, _evaluation, _port, _output_dir]
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -90,29 +94,37 @@ def _environments(config: Config) -> Problems:
     if not config.environments:
         yield NO_ENVIRONMENTS + "; add at least one [[environments]] table with a name and a preset"
         return
+    for index, environment in enumerate(config.environments):
+        yield from _environment(f"environments.{index}", environment, config)
+
+
+def _environment(path: str, environment: EnvironmentConfig, config: Config) -> Problems:
     from cod_async.envs import registry
 
-    for index, environment in enumerate(config.environments):
-        path = f"environments.{index}"
-        try:
-            spec = registry.get(environment.name)
-        except EnvironmentInputError as error:
-            yield from (f"{path}.name: {problem}" for problem in error.problems)
-            continue
-        try:
-            options = spec.options(environment.preset, environment.options)
-            spec.make(options)
-            sizes = _data_sizes(spec, options)
-        except EnvironmentInputError as error:
-            yield from (f"{path}: {problem}" for problem in error.problems)
-            continue
-        num_needed = config.lifecycle.pack_size if config.lifecycle.packs == "cod" else 1
-        for split, num_records in sizes.items():
-            if num_records < num_needed:
-                yield (
-                    f"{path}: its {split} data has {num_records} records, a pack needs {num_needed}; give it "
-                    "more, or lower lifecycle.pack_size"
-                )
+    if 0 < environment.memory_bytes < MIN_WORKER_BYTES:
+        yield (
+            f"{path}.memory_bytes: {environment.memory_bytes} is too little for a worker process; use at "
+            f"least {MIN_WORKER_BYTES}, or 0 for no limit"
+        )
+    try:
+        spec = registry.get(environment.name)
+    except EnvironmentInputError as error:
+        yield from (f"{path}.name: {problem}" for problem in error.problems)
+        return
+    try:
+        options = spec.options(environment.preset, environment.options)
+        spec.make(options)
+        sizes = _data_sizes(spec, options)
+    except EnvironmentInputError as error:
+        yield from (f"{path}: {problem}" for problem in error.problems)
+        return
+    num_needed = config.lifecycle.pack_size if config.lifecycle.packs == "cod" else 1
+    for split, num_records in sizes.items():
+        if num_records < num_needed:
+            yield (
+                f"{path}: its {split} data has {num_records} records, a pack needs {num_needed}; give it "
+                "more, or lower lifecycle.pack_size"
+            )
 
 
 def _data_sizes(spec: EnvironmentSpec, options: dict[str, Any]) -> dict[str, int]:
@@ -170,71 +182,6 @@ def _lifecycle(config: Config) -> Problems:
         )
 
 
-def _model(config: Config) -> Problems:
-    if not config.model.path:
-        return
-    folder = Path(config.model.path)
-    if not folder.is_dir():
-        yield (
-            f'model.path: no such folder, found "{folder}"; give a Hugging Face model directory, or "" for a '
-            "new one"
-        )
-        return
-    missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        missing.append(WEIGHT_FILES[0])
-    if missing:
-        yield (
-            f'model.path: "{folder}" lacks {", ".join(missing)}; give a complete Hugging Face model directory'
-        )
-    if (folder / "config.json").is_file():
-        yield from _model_config(folder / "config.json", config)
-    if not missing:
-        yield from _tokenizer(folder, config)
-
-
-def _model_config(path: Path, config: Config) -> Problems:
-    try:
-        values: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        yield f"model.path: {path} cannot be read, {error}; give a complete Hugging Face model directory"
-        return
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind != "qwen3":
-        yield f'model.path: {path} says model_type "{kind}"; this version trains "qwen3" models only'
-        return
-    longest = values.get("max_position_embeddings")
-    if isinstance(longest, int) and config.model.max_context_tokens > longest:
-        yield (
-            f"model.max_context_tokens: {config.model.max_context_tokens} is beyond the model's "
-            f"max_position_embeddings = {longest}; lower it"
-        )
-
-
-def _tokenizer(folder: Path, config: Config) -> Problems:
-    from cod_async.lifecycle.rendering import load_renderer
-
-    try:
-        renderer = load_renderer(folder, config.model.renderer)
-    except InputError as error:
-        yield from (f"model.path: {problem}" for problem in error.problems)
-        return
-    try:
-        vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        yield (
-            f"model.path: {folder / 'config.json'} names no vocab_size; give a complete Hugging Face model "
-            "directory"
-        )
-        return
-    if renderer.tokenizer.vocab_size > vocab_size:
-        yield (
-            f"model.path: the tokenizer has {renderer.tokenizer.vocab_size} ids, the model only {vocab_size} "
-            "embeddings; "
-            "give a model with its own tokenizer"
-        )
-
-
 def _bootstrap(config: Config) -> Problems:
     if config.model.path:
         return
@@ -259,8 +206,7 @@ def _bootstrap(config: Config) -> Problems:
             f'model.renderer: "{config.model.renderer}" does not fit the bootstrap (kind "{kind}"); use '
             f'"{fitting}" or "auto"'
         )
-    if bootstrap.kind == "documents":
-        yield from _documents(config)
+    yield from _documents(config)
     if bootstrap.warmup_steps >= bootstrap.num_steps:
         yield (
             f"bootstrap.warmup_steps: {bootstrap.warmup_steps} is not less than bootstrap.num_steps = "
@@ -268,11 +214,11 @@ def _bootstrap(config: Config) -> Problems:
         )
 
 
-def _without_documents(config: Config) -> tuple[list[str], int]:
-    """Return the environments that have no bootstrap documents, and how many different ones there are."""
+def _without_documents(config: Config) -> list[str]:
+    """Return the environments, those of ``bootstrap.also`` included, that have no bootstrap documents."""
     from cod_async.envs import registry
 
-    names = {environment.name for environment in config.environments}
+    names = {environment.name for environment in (*config.environments, *config.bootstrap.also)}
     without = []
     for name in sorted(names & set(registry.names())):
         try:
@@ -280,26 +226,28 @@ def _without_documents(config: Config) -> tuple[list[str], int]:
                 without.append(name)
         except EnvironmentInputError:  # reported by the rule on environments
             continue
-    return without, len(names)
+    return without
 
 
 def _bootstrap_kind(config: Config) -> Literal["documents", "random"]:
     """Return the kind of starting model that ``bootstrap.kind`` comes to."""
     if config.bootstrap.kind != "auto":
         return config.bootstrap.kind
-    without, num_environments = _without_documents(config)
-    return "random" if without or num_environments != 1 else "documents"
+    return "random" if _without_documents(config) or not config.environments else "documents"
 
 
 def _documents(config: Config) -> Problems:
-    without, num_environments = _without_documents(config)
-    if without or num_environments > 1:
-        reason = f"{', '.join(without)} has none" if without else f"{num_environments} environments are given"
+    bootstrap, without = config.bootstrap, _without_documents(config)
+    for index, environment in enumerate(bootstrap.also):
+        yield from _environment(f"bootstrap.also.{index}", environment, config)
+    if without and bootstrap.kind == "documents":
         yield (
-            f'bootstrap.kind: "documents" needs one environment with bootstrap documents, but {reason}; use '
-            '"random", '
-            "or give model.path"
+            f'bootstrap.kind: "documents" needs environments with bootstrap documents, but '
+            f'{", ".join(without)} has none; use "random", or give model.path'
         )
+    elif bootstrap.also and _bootstrap_kind(config) == "random":
+        reason = f"{', '.join(without)} has none" if without else 'kind = "random" reads none'
+        yield f"bootstrap.also: gives bootstrap documents, but {reason}; remove it, or change that"
 
 
 def _engine(config: Config) -> Problems:
@@ -439,6 +387,29 @@ def _train_only(config: Config) -> Problems:
             f"engine.top_p: {config.engine.top_p:g} makes log-probs that are not those of the trained "
             "policy; use 1.0"
         )
+
+
+def _evaluation(config: Config) -> Problems:
+    evaluation = config.evaluation
+    if not evaluation.every_steps:
+        if evaluation.suite:
+            yield (
+                f'evaluation.suite: "{evaluation.suite}" is played only with evaluation.every_steps, found '
+                "0; set that too, or remove this"
+            )
+        return
+    if evaluation.every_steps > config.run.num_steps:
+        yield (
+            f"evaluation.every_steps: {evaluation.every_steps} is more than run.num_steps = "
+            f"{config.run.num_steps}; lower it, or set 0"
+        )
+    if evaluation.suite:
+        from cod_async.evaluate.suite import load_suite
+
+        try:
+            load_suite(Path(evaluation.suite), config)
+        except InputError as error:
+            yield from (f"evaluation.suite: {problem}" for problem in error.problems)
 
 
 def _port(config: Config) -> Problems:

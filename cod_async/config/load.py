@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ def read_config(
     for path in paths:
         data = _read_file(Path(path), problems)
         if data is not None:
+            _anchor_paths(data, Path(path).parent)
             tree = _merge(tree, data)
     for override in overrides:
         _apply_override(tree, override, problems)
@@ -205,6 +207,15 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any] | None:
         problems.append(f"{path}: expected a table at the top; this is not a configuration file")
         return None
     return data
+
+
+def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
+    """Make relative paths of shipped files absolute, so that they work from any working directory."""
+    for section, name in (("model", "shape"), ("evaluation", "suite")):
+        values = data.get(section)
+        value = values.get(name) if isinstance(values, dict) else None
+        if isinstance(values, dict) and isinstance(value, str) and value:
+            values[name] = os.path.abspath(folder / value)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,17 @@ class EnvironmentConfig(_Section, frozen=True, kw_only=True):
     """Share of packs, relative to the other environments."""
     options: dict[str, Any] = {}
     """Overrides of the preset's options."""
+    isolation: Literal["auto", "inline", "process"] = "auto"
+    """Where the environment's code runs: ``inline``, in the actor; ``process``, in worker processes under the
+    limits below; ``auto``: as the environment says, which is ``process`` for those of other packages."""
+    step_timeout_s: Seconds = 300.0
+    """Longest step, and longest end of a task; the episode is then played again (``infrastructure``)."""
+    reset_timeout_s: Seconds = 300.0
+    """Longest start of a task, and longest making of an environment."""
+    memory_bytes: Count = 4 << 30
+    """Ceiling of a worker's address space, which its lifecycles share; 0: none. At least 256 MiB."""
+    num_workers: Positive = 2
+    """Most worker processes of this environment per actor."""
 
 
 class LifecycleConfig(_Section, frozen=True, kw_only=True):
@@ -123,6 +134,9 @@ class ModelConfig(_Section, frozen=True, kw_only=True):
 
     path: str = ""
     """Hugging Face model directory to start from; empty: the bootstrap makes one inside the run folder."""
+    shape: str = ""
+    """Folder with the ``config.json`` that the model in ``path`` must have. With it, ``--dry-run`` plans a
+    run on a machine without the weights. A relative one in a file counts from that file's folder."""
     renderer: Literal["auto", "terse", "chatml"] = "auto"
     """Template family; ``auto`` reads it from the tokenizer's chat template and refuses what it does not
     know."""
@@ -151,8 +165,11 @@ class BootstrapConfig(_Section, frozen=True, kw_only=True):
     """The starting model: format and note-taking only, no use of hints."""
 
     kind: Literal["auto", "documents", "random"] = "auto"
-    """``documents``: train on the environment's bootstrap documents; ``random``: random weights; ``auto``:
-    documents if the environment has some, else random."""
+    """``documents``: train on the environments' bootstrap documents; ``random``: random weights; ``auto``:
+    documents if all environments have some, else random."""
+    also: tuple[EnvironmentConfig, ...] = ()
+    """Environments whose words and documents the starting model learns too, although no pack of them is
+    trained on; ``weight`` is their share of the documents. For measuring transfer."""
     num_steps: Positive = 400
     """Optimiser steps."""
     documents_per_step: Positive = 96
@@ -342,7 +359,7 @@ class WeightsConfig(_Section, frozen=True, kw_only=True):
 
 
 class EvaluationConfig(_Section, frozen=True, kw_only=True):
-    """Evaluation before and after training."""
+    """Evaluation before, after and beside training."""
 
     num_packs: Positive = 256
     """Fresh packs per curve."""
@@ -350,6 +367,12 @@ class EvaluationConfig(_Section, frozen=True, kw_only=True):
     """Lifecycles per pack."""
     is_enabled: bool = True
     """Whether ``train`` evaluates before and after."""
+    every_steps: Count = 0
+    """Evaluate the starting weights and every this many optimiser steps, beside training and without holding
+    it up; what comes while an evaluation is still running is skipped, but for the newest. 0: never."""
+    suite: str = ""
+    """Suite file that is played ``every_steps``; empty: this run's environments on held-out worlds. A
+    relative one in a file counts from that file's folder."""
 
 
 class ObserveConfig(_Section, frozen=True, kw_only=True):

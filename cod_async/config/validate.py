@@ -27,17 +27,25 @@ MAX_DEPTH = 16
 
 
 @cache
+def _struct_type(kind: type[msgspec.Struct]) -> inspect.StructType:
+    return cast(inspect.StructType, inspect.type_info(kind))
+
+
 def config_type() -> inspect.StructType:
     """Return the type information of :class:`Config`."""
-    return cast(inspect.StructType, inspect.type_info(Config))
+    return _struct_type(Config)
 
 
 @cache
-def _all_paths() -> dict[str, list[str]]:
-    """Map each field name to the dotted paths where it exists, for hints like "it lives in learner.lr"."""
+def _all_paths() -> tuple[dict[str, list[str]], frozenset[type]]:
+    """Map each field name of :class:`Config` to the dotted paths where it exists, for hints like "it lives in
+    learner.lr"; and collect the sections, the only ones to give such hints in.
+    """
     paths: dict[str, list[str]] = {}
+    sections: set[type] = set()
 
     def visit(struct: inspect.StructType, prefix: str) -> None:
+        sections.add(struct.cls)
         for field in struct.fields:
             path = f"{prefix}{field.name}"
             paths.setdefault(field.name, []).append(path)
@@ -48,20 +56,21 @@ def _all_paths() -> dict[str, list[str]]:
                 visit(inner, f"{path}.")
 
     visit(config_type(), "")
-    return paths
+    return paths, frozenset(sections)
 
 
-def find_problems(data: Any) -> list[str]:
+def find_problems(data: Any, kind: type[msgspec.Struct] = Config) -> list[str]:
     """List everything that is wrong with a configuration tree, in schema order.
 
     Args:
         data: plain values (dict, list, str, int, float, bool, None) as TOML or JSON readers return them.
+        kind: the struct that the tree is meant to be.
 
     Returns:
-        One sentence per problem, empty if ``msgspec.convert(data, Config)`` will succeed.
+        One sentence per problem, empty if ``msgspec.convert(data, kind)`` will succeed.
     """
     problems: list[str] = []
-    _walk(data, config_type(), "", problems)
+    _walk(data, _struct_type(kind), "", problems)
     return problems
 
 
@@ -110,7 +119,7 @@ def _walk_struct(value: Any, expected: inspect.StructType, path: str, problems: 
         if key in fields:
             _walk(item, fields[key].type, full, problems)
         else:
-            problems.append(f"{full}: unknown key{_found(item)}; {_suggestion(str(key), list(fields), path)}")
+            problems.append(f"{full}: unknown key{_found(item)}; {_suggestion(str(key), expected, path)}")
     for field in expected.fields:
         if field.required and field.encode_name not in value:
             full = f"{path}.{field.name}" if path else field.name
@@ -127,12 +136,14 @@ def _missing_advice(name: str, path: str) -> str:
     return f"give {name} a value under [{path}]" if path else f"give {name} a value"
 
 
-def _suggestion(key: str, known: list[str], path: str) -> str:
+def _suggestion(key: str, struct: inspect.StructType, path: str) -> str:
     prefix = f"{path}." if path else ""
+    known = [field.name for field in struct.fields]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if close:
         return f"did you mean {prefix}{close[0]}?"
-    elsewhere = _all_paths().get(key)
+    paths, sections = _all_paths()
+    elsewhere = paths.get(key) if struct.cls in sections else None
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere[:3])}?"
     return f"known keys here are {', '.join(known)}"

@@ -150,6 +150,8 @@ class Intake:
         """Whether a segment of a transcript goes on from the conversation that was committed before it."""
         if segment.state_after.transcript is None or not segment.rows:
             return True
+        if segment.key.ordinal == 0:  # whatever the conversation was before the lifecycle started anew
+            return segment.rows[0].parent == NO_PARENT
         at = segment.key.group, segment.key.member
         if at not in self._marks:
             before = self._core.store.segments.last_payload(*at)

@@ -1,11 +1,14 @@
 """Leases: planning packs under the staleness bound, handing out lifecycles, taking them back, giving them up.
 
 A lease is fenced by its epoch, which grows whenever the lease is taken away; whoever comes back with an older
-epoch changes nothing. A lifecycle that is handed out again goes on after its last committed segment.
+epoch changes nothing. A lifecycle that is handed out again goes on after its last committed segment, or, if
+its environment cannot be restored, starts anew, and the segments of the abandoned attempt are dropped
+(``restarted``).
 """
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import msgspec
@@ -14,12 +17,15 @@ from cod_async.coordinator.core import Core
 from cod_async.coordinator.grouping import Grouping
 from cod_async.coordinator.planner import is_out_of_reach, may_lease
 from cod_async.envs import registry
-from cod_async.envs.base import canonical_json
+from cod_async.envs.base import canonical_json, environment_errors
+from cod_async.errors import CodError
 from cod_async.lifecycle.packs import plan_pack, stable_seed
 from cod_async.lifecycle.segment import Version
 from cod_async.lifecycle.transcript import assembled
 from cod_async.store.work import GroupRow, LeaseRow, NewGroup
 from cod_async.wire.messages import Heartbeat, Lease, LeaseRef, LeaseRequest, LeaseReturn, Leases
+
+log = logging.getLogger(__name__)
 
 PARK_S = 1.0
 """An unanswerable LeaseRequest is answered with an empty list after this many seconds."""
@@ -203,8 +209,6 @@ class Leasing:
                 if not may_lease(ranks[row.group], core.step, published.step, core.limits):
                     return granted
                 lease = self._lease(row, session, request.request, published)
-                if lease is None:
-                    break  # giving it up may have closed its group and cut off the others: look again
                 granted.append(lease)
                 room_bytes -= len(_encoder.encode(lease))
                 if room_bytes <= 0:
@@ -241,20 +245,33 @@ class Leasing:
         core.store.work.add_group(group, new)
         return group
 
-    def _lease(self, row: LeaseRow, session: int, request: int, min_version: Version) -> Lease | None:
-        """Grant one free lease; None when the lifecycle cannot be continued and had to be given up."""
+    def _lease(self, row: LeaseRow, session: int, request: int, min_version: Version) -> Lease:
+        """Grant one free lease."""
         work = self._core.store.work
         group = work.group(row.group)
         assert group is not None  # noqa: S101  (foreign key)
         if row.next_ordinal > 0 and not self._can_resume(group):
-            self.give_up(row, "not_resumable")
-            return None
+            row = self._restart(row)
         if group.floor is None or self._counts_as(min_version) < self._counts_as(group.floor):
             work.set_floor(row.group, min_version)
         work.grant(row, session, min_version, request)
         self._grouping.started(row.group)
         self._granted_at[row.group, row.member] = self._core.now()
         return self._describe(row, group, min_version)
+
+    def _restart(self, row: LeaseRow) -> LeaseRow:
+        """Make a free lifecycle start anew; return its lease at ordinal 0.
+
+        Its segments are waiting, all of them, because a group with a free lease is open. So none of them is
+        credited or planned, and none will be: they leave the segments for the refused ones, under the epoch
+        that they were played under, and what is played from now on has their places to itself.
+        """
+        store = self._core.store
+        num_segments, num_tokens = store.segments.restart(row.group, row.member, "restarted")
+        self._core.count_drop("restarted", num_segments, num_tokens)
+        self._core.tally["restarted_lifecycles"] += 1
+        store.work.advance(row.group, row.member, 0)
+        return msgspec.structs.replace(row, next_ordinal=0)
 
     def _counts_as(self, version: Version) -> int:
         """Return the step of the surviving history that tokens of ``version`` count as at the worst."""
@@ -293,7 +310,12 @@ class Leasing:
     def _can_resume(self, group: GroupRow) -> bool:
         at = (group.environment, group.preset, group.options_json)
         if at not in self._is_resumable:
-            spec = registry.get(group.environment)
-            options = spec.options(group.preset, msgspec.json.decode(group.options_json))
-            self._is_resumable[at] = spec.make(options).is_resumable
+            try:
+                with environment_errors(group.environment):
+                    spec = registry.get(group.environment)
+                    options = spec.options(group.preset, msgspec.json.decode(group.options_json))
+                    self._is_resumable[at] = spec.make(options).is_resumable
+            except CodError as error:  # what cannot even be made here had better start anew
+                log.warning("run %s: lifecycles start anew: %s", self._core.run, error)
+                self._is_resumable[at] = False
         return self._is_resumable[at]

@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import msgspec
 
+from cod_async.errors import EnvironmentInputError, InfrastructureError, InputError
 from cod_async.lifecycle.segment import Finish
 
 if TYPE_CHECKING:
@@ -65,6 +67,35 @@ class StepResult(msgspec.Struct, frozen=True):
     raw_reward: float = 0.0
     finish: Finish = "failure"
     metrics: dict[str, float] = {}
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """How a task begins.
+
+    Attributes:
+        observation: the first user message.
+        system_prompt: the rules of the task, without hints and without length requests.
+        max_steps: most policy responses in its solve episode.
+    """
+
+    observation: str
+    system_prompt: str
+    max_steps: int
+
+
+class Closing(msgspec.Struct, frozen=True):
+    """What is left of a finished task.
+
+    Attributes:
+        trajectory: the environment's own text of the episode for the updater; None: the generic one, or not
+            asked for.
+        feedback: the sentence for the update episode; empty if it was not asked for.
+        snapshot: the state that survives until the next task.
+    """
+
+    trajectory: str | None
+    feedback: str
+    snapshot: bytes
 
 
 class Environment(ABC):
@@ -134,6 +165,84 @@ class Environment(ABC):
     def task_view(self) -> dict[str, Any]:
         """Return the visible facts of the current task as JSON-able values (for ``cod env show``)."""
 
+    # What a rollout calls besides :meth:`step`. The defaults are made of the methods above; override one only
+    # if setting up, scoring or closing a task has to wait for something (a simulator, a network).
+
+    async def start(self, task: TaskSpec, state: bytes) -> Opening:
+        """Take back the state of the task before, if there is any, and start a task."""
+        if state:
+            self.restore(state)
+        observation = self.reset(task)
+        return Opening(observation, self.system_prompt(), self.max_steps)
+
+    async def finish(self, messages: list[tuple[str, str]] | None, has_feedback: bool) -> Closing:
+        """End a task, also one that the context length ended before it was done.
+
+        Args:
+            messages: of the episode, as for :meth:`trajectory`; None if nobody will read a trajectory.
+            has_feedback: whether the feedback is wanted.
+        """
+        trajectory = None if messages is None else self.trajectory(messages)
+        feedback = self.feedback() if has_feedback else ""
+        return Closing(trajectory, feedback, self.snapshot())
+
+    async def close(self) -> None:  # noqa: B027 - most environments hold nothing
+        """Release what the object holds (processes, files, connections); nothing is called after it."""
+
+
+class Playable(Protocol):
+    """What a rollout needs of an environment: an :class:`Environment`, or one in ``envs/worker``."""
+
+    is_response_cut: bool
+
+    @property
+    def name(self) -> str:
+        """See :attr:`Environment.name`."""
+
+    @property
+    def prompt_style(self) -> PromptStyle:
+        """See :attr:`Environment.prompt_style`."""
+
+    @property
+    def is_resumable(self) -> bool:
+        """See :attr:`Environment.is_resumable`."""
+
+    @property
+    def is_step_penalized(self) -> bool:
+        """See :attr:`Environment.is_step_penalized`."""
+
+    def update_prompts(self) -> HintPrompts | None:
+        """See :meth:`Environment.update_prompts`."""
+
+    def snapshot(self) -> bytes:
+        """Return the state after the newest finished task, or of the fresh object."""
+
+    async def start(self, task: TaskSpec, state: bytes) -> Opening:
+        """See :meth:`Environment.start`."""
+
+    async def step(self, response: str) -> StepResult:
+        """See :meth:`Environment.step`."""
+
+    async def finish(self, messages: list[tuple[str, str]] | None, has_feedback: bool) -> Closing:
+        """See :meth:`Environment.finish`."""
+
+    async def close(self) -> None:
+        """See :meth:`Environment.close`."""
+
+
+@contextmanager
+def environment_errors(name: str) -> Iterator[None]:
+    """Turn anything an environment raises into an infrastructure error; wrong input stays wrong input.
+
+    ``SystemExit`` counts as well: an environment that calls ``sys.exit`` must not end the actor.
+    """
+    try:
+        yield
+    except (InputError, InfrastructureError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise InfrastructureError(f"environment {name} failed: {type(error).__name__}: {error}") from error
+
 
 Policy = Callable[[Environment, str, Any], str]
 """A scripted policy: (environment, last observation, its own memory across the pack) -> response text."""
@@ -163,6 +272,11 @@ class EnvironmentSpec(msgspec.Struct, frozen=True):
             discovery). None: no such control.
         has_held_out_worlds: (options) -> whether held-out packs only have worlds that training never meets;
             None: never, held-out packs are merely other packs.
+        needs_limits: whether its code is played in worker processes, under time and memory limits, unless the
+            configuration says otherwise (``isolation``). None: True for environments of other packages, False
+            for those of this one.
+        needs_network: (options) -> whether steps ask something outside (a judge); such an environment is not
+            played to plan a run. None: never.
         bootstrap_module: module that makes a tiny starting model for this environment, with
             ``vocabulary(options)``, ``bootstrap_documents(options, seed, num, pack_size=)`` and
             ``skills(options)``; empty: there is none, and ``cod bootstrap`` makes random weights.
@@ -181,6 +295,8 @@ class EnvironmentSpec(msgspec.Struct, frozen=True):
     num_records: Callable[[Mapping[str, Any], str], int] | None = None
     truth_hint: Callable[[Environment, TaskSpec], str] | None = None
     has_held_out_worlds: Callable[[Mapping[str, Any]], bool] | None = None
+    needs_network: Callable[[Mapping[str, Any]], bool] | None = None
+    needs_limits: bool | None = None
     bootstrap_module: str = ""
 
     def options(self, preset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -189,8 +305,6 @@ class EnvironmentSpec(msgspec.Struct, frozen=True):
         Raises:
             EnvironmentInputError: unknown preset or unknown option, naming those that exist.
         """
-        from cod_async.errors import EnvironmentInputError
-
         if preset not in self.presets:
             known = ", ".join(sorted(self.presets))
             raise EnvironmentInputError(f"environment {self.name}: no preset {preset!r}; presets are {known}")

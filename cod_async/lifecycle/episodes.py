@@ -7,14 +7,13 @@ tokenised again. The episodes themselves are in :mod:`.solving` and :mod:`.updat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cod_async.config.schema import LifecycleConfig
 from cod_async.engines.base import Completion, Engine, SamplingParams
-from cod_async.envs.base import Environment, TaskSpec
-from cod_async.errors import EngineError, InfrastructureError, InputError
+from cod_async.envs.base import Playable, TaskSpec
+from cod_async.errors import EngineError, InfrastructureError
 from cod_async.lifecycle.arrays import Array
 from cod_async.lifecycle.hint import HintPrompts
 from cod_async.lifecycle.rendering import Renderer
@@ -58,7 +57,7 @@ class Player:
 
     spec: LifecycleSpec
     engine: Engine
-    environment: Environment
+    environment: Playable
     renderer: Renderer
     config: LifecycleConfig
     prompts: HintPrompts
@@ -143,17 +142,6 @@ class Episode:
     finish: Finish
     state_after: LifecycleState
     metrics: dict[str, float]
-
-
-@contextmanager
-def environment_errors(name: str) -> Iterator[None]:
-    """Turn anything an environment raises into an infrastructure error; wrong input stays wrong input."""
-    try:
-        yield
-    except (InputError, InfrastructureError):
-        raise
-    except Exception as error:
-        raise InfrastructureError(f"environment {name} failed: {type(error).__name__}: {error}") from error
 
 
 def transcript_after(

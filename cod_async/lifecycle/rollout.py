@@ -15,9 +15,9 @@ from contextlib import suppress
 
 from cod_async.config.schema import LifecycleConfig
 from cod_async.engines.base import Engine
-from cod_async.envs.base import Environment
+from cod_async.envs.base import Playable, environment_errors
 from cod_async.errors import EngineError, InfrastructureError
-from cod_async.lifecycle.episodes import Episode, LifecycleSpec, Player, ShownHint, environment_errors
+from cod_async.lifecycle.episodes import Episode, LifecycleSpec, Player, ShownHint
 from cod_async.lifecycle.hint import prompts_for
 from cod_async.lifecycle.rendering import Renderer
 from cod_async.lifecycle.segment import (
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-def initial_state(environment: Environment) -> LifecycleState:
+def initial_state(environment: Playable) -> LifecycleState:
     """Return the state before solve 0: the placeholder hint, and the snapshot of the fresh environment."""
     with environment_errors(environment.name):
         snapshot = environment.snapshot()
@@ -103,7 +103,7 @@ async def play(
     state: LifecycleState,
     *,
     engine: Engine,
-    environment: Environment,
+    environment: Playable,
     renderer: Renderer,
     config: LifecycleConfig,
     temperature: float,
@@ -122,7 +122,7 @@ async def play(
         state: :func:`initial_state`, or the ``state_after`` of any sealed segment of this lifecycle (with
             carry ``transcript`` completed by :func:`cod_async.lifecycle.transcript.continued`).
         engine: where tokens come from.
-        environment: this lifecycle's own environment object.
+        environment: this lifecycle's own environment; whoever made it closes it.
         renderer: the model's template family.
         config: rewards, penalties, lengths, and what is carried: ``hint``; ``none`` (no updates are played,
             the hint stays the placeholder, and solve j keeps ordinal 2j); ``transcript`` (one growing

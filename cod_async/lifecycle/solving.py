@@ -7,9 +7,9 @@ full its remaining tasks are lost without a token.
 
 from __future__ import annotations
 
-from cod_async.envs.base import StepResult
+from cod_async.envs.base import StepResult, environment_errors
 from cod_async.errors import InfrastructureError, InputError
-from cod_async.lifecycle.episodes import Episode, Player, RowBuilder, environment_errors, transcript_after
+from cod_async.lifecycle.episodes import Episode, Player, RowBuilder, transcript_after
 from cod_async.lifecycle.rewards import penalized_reward
 from cod_async.lifecycle.segment import Finish, LifecycleState, PendingUpdate, num_episodes
 from cod_async.lifecycle.transcript import NO_PARENT, system_digest, token_ids_of
@@ -65,14 +65,12 @@ async def solve(player: Player, state: LifecycleState, ordinal: int, session: st
     environment, config = player.environment, player.config
     position = ordinal // 2
     with environment_errors(environment.name):
-        if state.environment_state:
-            environment.restore(state.environment_state)
-        user = environment.reset(player.spec.tasks[position])
-        system, max_steps = environment.system_prompt(), environment.max_steps
+        start = await environment.start(player.spec.tasks[position], state.environment_state)
+    user, system, max_steps = start.observation, start.system_prompt, start.max_steps
     overflow = StepResult(observation="", is_done=True, raw_reward=0.0, finish="context_overflow")
     opening = _opening(player, state, position, system, user)
     if opening is None:
-        state_after = _after_solve(player, state, ordinal, (system, []), None, 0.0, overflow.finish)
+        state_after = await _after_solve(player, state, ordinal, (system, []), None, 0.0, overflow.finish)
         return Episode(None, 0.0, 0.0, overflow.finish, state_after, {"is_context_overflow": 1.0})
     row, is_hint_dropped = opening
     messages = [("user", user)]
@@ -116,11 +114,11 @@ async def solve(player: Player, state: LifecycleState, ordinal: int, session: st
         "is_context_overflow": result.finish == "context_overflow",
         "is_hint_dropped": is_hint_dropped,
     }
-    state_after = _after_solve(player, state, ordinal, (system, messages), row, reward, result.finish)
+    state_after = await _after_solve(player, state, ordinal, (system, messages), row, reward, result.finish)
     return Episode(row.seal(), reward, result.raw_reward, result.finish, state_after, metrics)
 
 
-def _after_solve(
+async def _after_solve(
     player: Player,
     state: LifecycleState,
     ordinal: int,
@@ -136,29 +134,29 @@ def _after_solve(
     environment, prompts = player.environment, player.prompts
     is_last = ordinal + 1 >= num_episodes(len(player.spec.tasks))
     has_update = player.config.has_updates and not is_last
+    is_transcript = player.config.carry == "transcript"
+    is_overflow = finish == "context_overflow"
     system, messages = told
+    with environment_errors(environment.name):
+        closing = await environment.finish(
+            messages if has_update and not is_transcript else None,
+            has_feedback=not is_overflow and (has_update or is_transcript),
+        )
+    feedback = prompts.overflow_feedback if is_overflow else closing.feedback
     pending = None
     outcome = ""
-    with environment_errors(environment.name):
-        is_overflow = finish == "context_overflow"
-        if player.config.carry == "transcript":
-            feedback = prompts.overflow_feedback if is_overflow else environment.feedback()
-            if has_update:
-                pending = PendingUpdate(trajectory="", reward=reward, feedback=feedback)
-            else:
-                outcome = prompts.outcome(reward, feedback)
-        elif has_update:
-            trajectory = environment.trajectory(messages)
-            if trajectory is None:
-                trajectory = prompts.trajectory(system, messages)
-            feedback = prompts.overflow_feedback if is_overflow else environment.feedback()
-            pending = PendingUpdate(trajectory=trajectory, reward=reward, feedback=feedback)
-        snapshot = environment.snapshot()
+    if has_update:
+        trajectory = closing.trajectory
+        if trajectory is None:
+            trajectory = "" if is_transcript else prompts.trajectory(system, messages)
+        pending = PendingUpdate(trajectory=trajectory, reward=reward, feedback=feedback)
+    elif is_transcript:
+        outcome = prompts.outcome(reward, feedback)
     return LifecycleState(
         next_ordinal=ordinal + 1 if has_update or is_last else ordinal + 2,
         hint=state.hint,
         task_rewards=(*state.task_rewards, reward),
         pending=pending,
-        environment_state=snapshot,
+        environment_state=closing.snapshot,
         transcript=transcript_after(player, state, row, system, outcome),
     )

@@ -253,6 +253,42 @@ class SegmentTable:
                 num_tokens += int(found[0])
         return num_segments, num_tokens
 
+    def restart(self, group: int, member: int, reason: str) -> tuple[int, int]:
+        """Move the segments of a lifecycle that starts anew to the refused ones; return how many segments and
+        action tokens that were.
+
+        One winner per (lifecycle, ordinal) stays the rule: the abandoned attempt is no longer among the
+        winners, and stays known under its lease epochs, so a repeated delivery of it is still recognized.
+        Their payloads are deleted.
+
+        Raises:
+            StoreError: one of them is not waiting any more: a step may be trained on it.
+        """
+        at = (group, member)
+        states = self._connection.execute(
+            "SELECT DISTINCT state FROM segments WHERE grp = ? AND member = ?", at
+        ).fetchall()
+        if states not in ([], [("waiting",)]):
+            raise StoreError(
+                f"lifecycle g{group}.m{member} cannot start anew: it has segments that are {states}"
+            )
+        num_segments, num_tokens = self._connection.execute(
+            "SELECT count(*), coalesce(sum(num_action_tokens), 0) FROM segments WHERE grp = ? AND member = ?",
+            at,
+        ).fetchone()
+        payloads = self._connection.execute(
+            "SELECT payload FROM segments WHERE grp = ? AND member = ? AND payload IS NOT NULL", at
+        ).fetchall()
+        self._connection.execute(
+            "INSERT INTO refused_segments SELECT grp, member, ordinal, lease_epoch, session, ?, "
+            "'its environment could not be restored', num_action_tokens, received_at "
+            "FROM segments WHERE grp = ? AND member = ?",
+            (reason, *at),
+        )
+        self._connection.execute("DELETE FROM segments WHERE grp = ? AND member = ?", at)
+        self._connection.executemany("DELETE FROM payloads WHERE payload = ?", payloads)
+        return int(num_segments), int(num_tokens)
+
     def totals(self) -> dict[str, tuple[int, int]]:
         """Return (segments, action tokens) by fate; dropped and refused ones as ``dropped:<reason>``."""
         rows = self._connection.execute(

@@ -17,7 +17,7 @@ Door worlds have one fact to know, so their documents go without the reading par
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cod_async.envs.base import TaskSpec
@@ -29,17 +29,17 @@ from cod_async.envs.hidden_buttons.worlds import (
     pack_seed_for,
     world_of,
 )
-from cod_async.lifecycle.documents import Document, Piece
-from cod_async.lifecycle.hint import prompts_for, terse_number
-
-MAX_FACTS = 7
-"""Most facts in a hint: the newest are kept."""
+from cod_async.envs.note_documents import (
+    frame_words,
+    lifecycle_documents,
+    mixed_documents,
+    reading_document,
+    solve_document,
+)
+from cod_async.lifecycle.documents import Document
 
 QA_FRAC = 0.25
 """Share of fact-reading documents in permutation worlds."""
-
-# Share of updates after which the hint is lost, so that the placeholder of a failed update is no stranger.
-_LOST_FRAC = 0.05
 
 
 def vocabulary(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -48,21 +48,10 @@ def vocabulary(options: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         EnvironmentInputError: wrong options.
     """
-    made, prompts = Options.of(options), prompts_for("terse")
+    made = Options.of(options)
     buttons = [str(button) for button in range(1, made.num_buttons + 1)]
     facts = [f"{button}={direction}" for button in buttons for direction in made.directions]
-    texts = (
-        prompts.initial,
-        prompts.failed,
-        prompts.start,
-        prompts.end,
-        prompts.cut_marker,
-        prompts.overflow_feedback,
-    )
-    words = [word for text in texts for word in text.split()]
-    rewards = [terse_number(tenths / 10) for tenths in range(11)]
-    rest = ["Write", "Log", "Task", "goal", ";", ".", ":", "reward", "bad", "map", "at"]
-    return tuple(dict.fromkeys([*words, *rest, *rewards, *buttons, *made.directions, *facts]))
+    return tuple(dict.fromkeys([*frame_words(), *buttons, *made.directions, *facts]))
 
 
 def bootstrap_documents(
@@ -84,84 +73,54 @@ def bootstrap_documents(
     if qa_frac is None:
         qa_frac = 0.0 if made.world == "door" else QA_FRAC
     rng = random.Random(f"hidden_buttons documents {seed}")
-    num_qa = round(num * qa_frac)
-    documents = [_reading(options, made, rng) for _ in range(num_qa)]
-    episodes: list[Document] = []
     environment = HiddenButtons(options)
-    while len(episodes) < num - num_qa:
-        episodes += _lifecycle(environment, options, pack_size, rng)
-    rng.shuffle(episodes)
-    documents += episodes[: num - num_qa]
-    rng.shuffle(documents)
-    return documents
+    return mixed_documents(
+        num,
+        qa_frac,
+        rng,
+        lambda: _reading(options, made, rng),
+        lambda: _lifecycle(environment, options, pack_size, rng),
+    )
 
 
 def _lifecycle(
     environment: HiddenButtons, options: Mapping[str, Any], pack_size: int, rng: random.Random
 ) -> list[Document]:
     """Play one training lifecycle with random presses and faithful notes, as documents."""
-    prompts = prompts_for(environment.prompt_style)
     pack_seed = pack_seed_for(options, "train", rng.getrandbits(63))
-    hint, notes = prompts.initial, list[str]()
-    documents: list[Document] = []
-    for position in range(pack_size):
-        task = TaskSpec(
-            environment=SPEC.name,
-            preset="",
-            options={},
-            record={"seed": rng.getrandbits(53)},
-            pack_seed=pack_seed,
-            position=position,
-            pack_size=pack_size,
-        )
-        solve, facts, reward = _solve(environment, task, hint, rng)
-        documents.append(solve)
-        if position == pack_size - 1:
-            break
-        notes = [*notes, *(fact for fact in dict.fromkeys(facts) if fact not in notes)][-MAX_FACTS:]
-        trajectory = environment.trajectory([]) or ""
-        system, user = prompts.update_messages(hint, trajectory, reward, environment.feedback())
-        written = f"{prompts.start} {' '.join(notes)} {prompts.end}"
-        pieces = (
-            Piece(kind="open", system=system, text=user),
-            Piece(kind="response", text=written, has_loss=True),
-        )
-        documents.append(Document(category="hint", pieces=pieces))
-        hint = prompts.parse(written) or prompts.failed
-        if rng.random() < _LOST_FRAC:
-            hint, notes = prompts.failed, []
-    return documents
+
+    def tasks() -> Iterator[TaskSpec]:
+        for position in range(pack_size):
+            yield TaskSpec(
+                environment=SPEC.name,
+                preset="",
+                options={},
+                record={"seed": rng.getrandbits(53)},
+                pack_seed=pack_seed,
+                position=position,
+                pack_size=pack_size,
+            )
+
+    return lifecycle_documents(environment, tasks(), lambda: _press(environment, rng), rng)
 
 
 def _solve(
     environment: HiddenButtons, task: TaskSpec, hint: str, rng: random.Random
 ) -> tuple[Document, list[str], float]:
     """Play one solve episode with random presses; return it, the facts it revealed, and its reward."""
-    prompts = prompts_for(environment.prompt_style)
-    user = environment.reset(task)
-    goal = environment.task_view()["goal"]
-    pieces = [Piece(kind="open", system=prompts.solve_system(environment.system_prompt(), hint), text=user)]
-    facts: list[str] = []
-    while True:
-        response = press_text(goal, rng.randint(1, environment.num_buttons))
-        pieces.append(Piece(kind="response", text=response, has_loss=True))
-        result = environment.press(response)
-        facts.append(result.observation)
-        if result.is_done:
-            return Document(category="solve", pieces=tuple(pieces)), facts, result.raw_reward
-        pieces.append(Piece(kind="turn", text=result.observation, has_loss=True))
+    return solve_document(environment, task, hint, lambda: _press(environment, rng))
+
+
+def _press(environment: HiddenButtons, rng: random.Random) -> str:
+    """Press any button, whatever is known."""
+    return press_text(environment.task_view()["goal"], rng.randint(1, environment.num_buttons))
 
 
 def _reading(options: Mapping[str, Any], made: Options, rng: random.Random) -> Document:
     """Ask for one of some facts of a training world, in plain text."""
     mapping = mapping_of(made, world_of(made, pack_seed_for(options, "train", rng.getrandbits(63))))
-    known = [index for index, direction in enumerate(mapping) if direction in DIRECTIONS]
-    shown = rng.sample(known, rng.randint(1, min(len(known), MAX_FACTS)))
-    asked = rng.choice(shown)
-    facts = " ".join(f"{index + 1}={mapping[index]}" for index in shown)
-    question = f"map {facts} ; at {mapping[asked]} :"
-    pieces = (Piece(kind="start", text=question), Piece(kind="text", text=str(asked + 1), has_loss=True))
-    return Document(category="qa", pieces=pieces)
+    facts = {str(index + 1): name for index, name in enumerate(mapping) if name in DIRECTIONS}
+    return reading_document(facts, rng)
 
 
 def skills(options: Mapping[str, Any]) -> tuple[tuple[str, bool, str], ...]:

@@ -22,6 +22,7 @@ SPEC = EnvironmentSpec(
     num_records=num_records,
     # Held-out tasks are of diagnoses or sessions that training never meets.
     has_held_out_worlds=lambda options: True,
+    needs_network=lambda options: options["judge"] != "rules",
 )
 """How Learn2Ask registers itself."""
 

@@ -179,7 +179,7 @@ def _split(table: Table, held_out_by: HeldOutBy, frac: float) -> dict[str, tuple
         if held_out_by == "diagnosis":
             is_held_out = line.diagnosis in chosen
         else:
-            is_held_out = hash64(f"learn2ask/held_out/{session_of(line.record_id)}") < frac * 2.0**64
+            is_held_out = _is_session_held_out(line.record_id, frac)
         parts["held_out" if is_held_out else "train"].append(line)
     empty = [split for split, part in parts.items() if not part]
     if empty:

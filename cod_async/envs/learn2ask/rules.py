@@ -23,7 +23,11 @@ MAX_VALUE_WORDS = 12
 """Words that an extracted fact keeps."""
 
 _WORD = re.compile(r"[\u4e00-\u9fff]+|[^\W_\u4e00-\u9fff]+")
-_SENTENCE = re.compile(r"(.*?)([.!?]+(?=\s|$)|[\u3002\uff01\uff1f]+|\n+|$)", re.DOTALL)
+# A run of full stops is tried once, from its first to its last character: anything else takes quadratic time.
+_SENTENCE = re.compile(
+    r"(.*?)((?<![.!?])[.!?]++(?=\s|$)|[\u3002\uff01\uff1f]+|\n+|$)",
+    re.DOTALL,
+)
 _QUESTION_MARKS = ("?", "\uff1f")
 _FUNCTION_WORDS = (
     "a about after all also am an and any are as at be been before both but by can come could did do does "

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from cod_async.envs.base import EnvironmentSpec
-from cod_async.envs.optimal_control.dataset import has_held_out_worlds, pack_seed_for, record_at, records
+from cod_async.envs.optimal_control.dataset import (
+    has_held_out_worlds,
+    num_records,
+    pack_seed_for,
+    record_at,
+    records,
+)
 from cod_async.envs.optimal_control.env import OptimalControl
 from cod_async.envs.optimal_control.options import PRESETS
 from cod_async.envs.optimal_control.oracle import (
@@ -32,6 +38,7 @@ SPEC = EnvironmentSpec(
         "zero": zero_policy,
     },
     record_at=record_at,
+    num_records=num_records,
     truth_hint=truth_hint,
     has_held_out_worlds=has_held_out_worlds,
 )

@@ -24,19 +24,33 @@ _REFERENCE_SEEDS = {"train": 42, "held_out": 2024}
 _DRAWS_PER_ROW = 3
 
 
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise EnvironmentInputError(f"no split {split!r}; splits are {', '.join(SPLITS)}")
+
+
 def _generator_seed(split: str, seed: int) -> int:
     """Return the seed of a split's generator: the reference's for data seed 42, otherwise derived from it.
 
     Raises:
         EnvironmentInputError: unknown split or a negative seed.
     """
-    if split not in SPLITS:
-        raise EnvironmentInputError(f"no split {split!r}; splits are {', '.join(SPLITS)}")
+    _check_split(split)
     if seed < 0:
         raise EnvironmentInputError(f"the data seed is {seed}; it must not be negative")
     if seed == _REFERENCE_SEEDS["train"]:
         return _REFERENCE_SEEDS[split]
     return hash64(f"optimal_control/records/{split}/{seed}")
+
+
+def num_records(options: Mapping[str, Any], split: str) -> int:
+    """Return the number of rows of a split.
+
+    Raises:
+        EnvironmentInputError: unknown split.
+    """
+    _check_split(split)
+    return NUM_TRAIN_ROWS if split == "train" else NUM_HELD_OUT_ROWS
 
 
 def _row(options: ControlOptions, split: str, generator_seed: int, row: int) -> dict[str, Any]:
@@ -90,8 +104,7 @@ def pack_seed_for(options: Mapping[str, Any], split: str, seed: int) -> int:
         EnvironmentInputError: unknown split or wrong options.
     """
     parse_options(options)
-    if split not in SPLITS:
-        raise EnvironmentInputError(f"no split {split!r}; splits are {', '.join(SPLITS)}")
+    _check_split(split)
     return hash64(f"optimal_control/{split}/{seed}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cod_async.envs.base import EnvironmentSpec
-from cod_async.envs.pde_discovery.dataset import pack_seed_for, record_at, records
+from cod_async.envs.pde_discovery.dataset import num_records, pack_seed_for, record_at, records
 from cod_async.envs.pde_discovery.env import PdeDiscovery
 from cod_async.envs.pde_discovery.options import PRESETS
 from cod_async.envs.pde_discovery.oracle import (
@@ -30,6 +30,7 @@ SPEC = EnvironmentSpec(
         "tool_top": tool_top_policy,
     },
     record_at=record_at,
+    num_records=num_records,
     truth_hint=truth_hint,
 )
 """How PDE Discovery registers itself."""

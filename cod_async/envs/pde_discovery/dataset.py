@@ -37,9 +37,26 @@ def _draw(seed: int, num_rows: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng(seed).choice(_SEED_RANGE, num_rows, replace=False)
 
 
-def _row_seeds(options: PdeOptions, split: str, seed: int) -> npt.NDArray[np.int64]:
+def _check_split(split: str) -> None:
     if split not in SPLITS:
         raise EnvironmentInputError(f"environment {NAME}: no split {split!r}; splits are {', '.join(SPLITS)}")
+
+
+def num_records(options: Mapping[str, Any], split: str) -> int:
+    """Return the number of rows of a split.
+
+    Raises:
+        EnvironmentInputError: wrong options or an unknown split.
+    """
+    rows_per_pack = parse_options(options).rows_per_pack
+    _check_split(split)
+    if rows_per_pack:
+        return NUM_BENCHMARK_ROWS - NUM_BENCHMARK_ROWS % rows_per_pack
+    return NUM_TRAIN_ROWS if split == "train" else NUM_HELD_OUT_ROWS
+
+
+def _row_seeds(options: PdeOptions, split: str, seed: int) -> npt.NDArray[np.int64]:
+    _check_split(split)
     if seed < 0:
         raise EnvironmentInputError(f"environment {NAME}: the data seed is {seed}; it must not be negative")
     if not options.rows_per_pack:
@@ -105,6 +122,5 @@ def pack_seed_for(options: Mapping[str, Any], split: str, seed: int) -> int:
         EnvironmentInputError: wrong options or an unknown split.
     """
     parse_options(options)
-    if split not in SPLITS:
-        raise EnvironmentInputError(f"environment {NAME}: no split {split!r}; splits are {', '.join(SPLITS)}")
+    _check_split(split)
     return hash64(f"{NAME}/{split}/{seed}")

@@ -353,6 +353,8 @@ class PdeDiscovery(Environment):
         following = "next_commit" if task.regression else "next_regress"
         if task.num_points == 0:
             following = "next_sample"
+        elif self.num_points_left == 0:
+            following += "_all"  # all points are spent
         following = text["next_last"] if task.num_steps + 1 == self.max_steps else text[following]
         parts.append(f"{text['next']}\n{following}")
         return "\n\n".join(parts)

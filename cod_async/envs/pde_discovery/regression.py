@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from cod_async.envs.pde_discovery.basis import INDEX, TERMS, Array, Equation, features
-from cod_async.envs.pde_discovery.equation import as_written
+from cod_async.envs.pde_discovery.equation import MIN_COEFFICIENT
 
 RIDGE = 1e-8
 """Added to the diagonal of the normal equations."""
@@ -111,10 +111,7 @@ def regress(
     if not is_usable.all():
         usable = dict.fromkeys(tuple(k for k in support if is_usable[k]) for support in supports)
     fits = _fits(columns, y, usable, threshold)
-    equations = [
-        as_written({TERMS[k]: round(value, 3) for k, value in zip(support, fit, strict=True)})
-        for support, fit in fits.items()
-    ]
+    equations = [_as_printed(support, fit) for support, fit in fits.items()]
     errors = _max_errors(columns, y, equations)
     order = sorted(range(len(equations)), key=errors.__getitem__)  # stable: small supports first among equals
     ranked: dict[tuple[tuple[str, float], ...], Candidate] = {}
@@ -125,12 +122,29 @@ def regress(
     return Regression(candidates, condition_number(columns[:, best], is_rank_checked))
 
 
+def _as_printed(support: Support, fit: Sequence[float]) -> Equation:
+    """Return a fit as it will be printed: three decimals, then three significant digits, without zeros."""
+    equation: Equation = {}
+    for index, value in zip(support, fit, strict=True):
+        coefficient = round(value, 3)
+        if not -1.0 < coefficient < 1.0:  # below, three decimals are three significant digits at most
+            coefficient = float(f"{coefficient:.3g}")
+        if abs(coefficient) > MIN_COEFFICIENT:
+            equation[TERMS[index]] = coefficient
+    return equation
+
+
 def _max_errors(columns: Array, y: Array, equations: Sequence[Equation]) -> list[float]:
     """Return the largest absolute error of each equation on the data."""
     coefficients = np.zeros((len(TERMS), len(equations)))
-    rows = [INDEX[term] for equation in equations for term in equation]
-    places = [i for i, equation in enumerate(equations) for _ in equation]
-    coefficients[rows, places] = [value for equation in equations for value in equation.values()]
+    rows: list[int] = []
+    places: list[int] = []
+    values: list[float] = []
+    for place, equation in enumerate(equations):
+        rows += [INDEX[term] for term in equation]
+        places += [place] * len(equation)
+        values += equation.values()
+    coefficients[rows, places] = values
     errors: list[float] = np.max(np.abs(y[:, None] - columns @ coefficients), axis=0).tolist()
     return errors
 

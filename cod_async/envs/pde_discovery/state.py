@@ -96,7 +96,7 @@ def decode(data: bytes) -> PackState | None:
         )
     try:
         state = msgspec.msgpack.decode(data[1:], type=PackState | None, strict=True)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeError) as error:
         raise EnvironmentInputError(f"pde_discovery: a snapshot is damaged: {error}") from error
     for one in state.data_sets if state else []:
         columns = (one.x, one.t, one.u, one.y)

@@ -8,7 +8,7 @@ are written is the business of :mod:`.machine`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -138,7 +138,15 @@ Node = File | Directory
 
 def weight(node: Node) -> int:
     """Return how many nodes a tree takes of the limit: one each, and one for every archive member."""
-    return sum(1 + (child.content.num_members if isinstance(child, File) else 0) for _, child in walk(node))
+    total, stack = 0, [node]
+    while stack:
+        current = stack.pop()
+        total += 1
+        if isinstance(current, Directory):
+            stack.extend(current.children.values())
+        else:
+            total += current.content.num_members
+    return total
 
 
 def walk(node: Node) -> Iterator[tuple[Path, Node]]:
@@ -151,6 +159,18 @@ def walk(node: Node) -> Iterator[tuple[Path, Node]]:
             for key in sorted(current.children, reverse=True):
                 child = current.children[key]
                 stack.append(((*path, child.name), child))
+
+
+def _check_lengths(path: Path, num_chars: int, node: Node) -> None:
+    """Refuse a tree whose paths would be too long at ``path`` (``num_chars`` with its separators)."""
+    stack = [(node, path[-1], len(path), num_chars)]
+    while stack:
+        current, name, depth, length = stack.pop()
+        if depth > MAX_DEPTH or len(name) > MAX_NAME_CHARS or length > MAX_PATH_CHARS:
+            raise FileSystemError("too_long", path)
+        if isinstance(current, Directory):
+            for child in current.children.values():
+                stack.append((child, child.name, depth + 1, length + len(child.name) + 1))
 
 
 class FileSystem:
@@ -183,15 +203,23 @@ class FileSystem:
 
     def find(self, path: Path) -> Node | None:
         """Return what lies at a path, or None."""
-        node: Node = self.root
+        node: Node | None = self.root
         for name in path:
-            if not isinstance(node, Directory):
+            node = self.child(node, name)
+            if node is None:
                 return None
-            child = node.children.get(self._key(name))
-            if child is None:
-                return None
-            node = child
         return node
+
+    def child(self, node: Node | None, name: str) -> Node | None:
+        """Return the entry of a directory; None if there is none, or if ``node`` is no directory."""
+        return node.children.get(self._key(name)) if isinstance(node, Directory) else None
+
+    def trail(self, path: Sequence[str]) -> list[Node | None]:
+        """Return the root and what lies at every name of a path, None from where nothing does."""
+        nodes: list[Node | None] = [self.root]
+        for name in path:
+            nodes.append(self.child(nodes[-1], name))
+        return nodes
 
     def get(self, path: Path) -> Node:
         """Return what lies at a path.
@@ -228,31 +256,23 @@ class FileSystem:
         """
         if not path:
             raise FileSystemError("exists", path)
-        parent = self.directory(path[:-1])
+        self._put_into(self.directory(path[:-1]), path, sum(map(len, path)) + len(path), node)
+
+    def _put_into(self, parent: Directory, path: Path, num_chars: int, node: Node) -> None:
+        """Put a tree into a directory; ``num_chars`` is the length of ``path`` with its separators."""
         name = path[-1]
         if not name or name in (".", "..") or self._illegal_chars & set(name):
             raise FileSystemError("bad_name", path)
         old = parent.children.get(self._key(name))
         if isinstance(old, Directory) or (old is not None and isinstance(node, Directory)):
             raise FileSystemError("exists", path)
-        self._check_lengths(path, node)
+        _check_lengths(path, num_chars, node)
         added = weight(node) - (0 if old is None else weight(old))
         if self.num_nodes + added > MAX_NODES:
             raise FileSystemError("full", path)
         node.name = name
         parent.children[self._key(name)] = node
         self.num_nodes += added
-
-    def _check_lengths(self, path: Path, node: Node) -> None:
-        base = sum(len(name) + 1 for name in path)
-        for below, _ in walk(node):
-            names = (path[-1], *below)
-            if (
-                len(path) + len(below) > MAX_DEPTH
-                or len(names[-1]) > MAX_NAME_CHARS
-                or base + sum(len(name) + 1 for name in below) > MAX_PATH_CHARS
-            ):
-                raise FileSystemError("too_long", path)
 
     def merge(self, path: Path, node: Node, is_mode_kept: bool = False) -> None:
         """Put a tree at a path; where directories meet directories, their entries are merged.
@@ -268,12 +288,25 @@ class FileSystem:
         """
         here = self.find(path)
         if isinstance(here, Directory) and isinstance(node, Directory):
-            for child in node.children.values():  # recursion: at most MAX_DEPTH
-                self.merge((*path, child.name), child, is_mode_kept)
-        else:
-            if is_mode_kept and isinstance(here, File) and isinstance(node, File):
-                node.mode = here.mode
-            self.put(path, node)
+            self._merge_into(here, path, sum(map(len, path)) + len(path), node, is_mode_kept)
+            return
+        if is_mode_kept and isinstance(here, File) and isinstance(node, File):
+            node.mode = here.mode
+        self.put(path, node)
+
+    def _merge_into(
+        self, here: Directory, path: Path, num_chars: int, node: Directory, is_mode_kept: bool
+    ) -> None:
+        """Merge the entries of a directory into ``here``, which lies at ``path``."""
+        for child in node.children.values():  # recursion: at most MAX_DEPTH
+            there = here.children.get(self._key(child.name))
+            below, num_below = (*path, child.name), num_chars + len(child.name) + 1
+            if isinstance(there, Directory) and isinstance(child, Directory):
+                self._merge_into(there, below, num_below, child, is_mode_kept)
+                continue
+            if is_mode_kept and isinstance(there, File) and isinstance(child, File):
+                child.mode = there.mode
+            self._put_into(here, below, num_below, child)
 
     def remove(self, path: Path) -> Node:
         """Take away and return what lies at a path.
@@ -296,10 +329,11 @@ class FileSystem:
             FileSystemError: as :meth:`put`; ``exists``; ``not_directory`` when a file is in the way.
         """
         if has_parents:
+            there = self.trail(path)
             for length in range(1, len(path)):
-                if self.find(path[:length]) is None:
+                if there[length] is None:
                     self.put(path[:length], Directory(""))
-            if self.is_directory(path):
+            if isinstance(there[-1], Directory):
                 return
         if self.find(path) is not None:
             raise FileSystemError("exists", path)

@@ -14,6 +14,7 @@ from cod_async.envs.terminal.filesystem import (
     MAX_DEPTH,
     MAX_NAME_CHARS,
     MAX_PATH_CHARS,
+    Directory,
     File,
     FileSystem,
     FileSystemError,
@@ -116,19 +117,21 @@ class Machine:
             text = text.replace("\\", "/")
         if text.startswith("/"):
             names = []
+        nodes = self.files.trail(names)  # what lies at every step of the way, so that ".." needs no search
         for name in text.split("/"):
             if name == "..":
-                if not self.is_windows and not self.files.is_directory(tuple(names)):
-                    is_missing = self.files.find(tuple(names)) is None
-                    raise FileSystemError("missing" if is_missing else "not_directory", typed)
-                names = names[:-1]
+                if not self.is_windows and not isinstance(nodes[-1], Directory):
+                    raise FileSystemError("missing" if nodes[-1] is None else "not_directory", typed)
+                if names:
+                    del names[-1], nodes[-1]
             elif name not in ("", "."):
                 names.append(name)
+                nodes.append(self.files.child(nodes[-1], name))
         is_long = len(names) > MAX_DEPTH or any(len(name) > MAX_NAME_CHARS for name in names)
         if is_long or sum(len(name) + 1 for name in names) > MAX_PATH_CHARS:
             raise FileSystemError("too_long", typed)
         path = tuple(names)
-        if not self.is_windows and typed.endswith("/") and isinstance(self.files.find(path), File):
+        if not self.is_windows and typed.endswith("/") and isinstance(nodes[-1], File):
             raise FileSystemError("not_directory", typed)
         return path
 

@@ -25,8 +25,11 @@ from cod_async.envs.terminal.shell import (
 
 MAX_OUTPUT_CHARS = 4_000
 """Longest text that one line prints; the rest is cut."""
-MAX_WORK = 5_000
-"""Nodes that one line may visit; the command that goes beyond is killed. The worst lines take some 20 ms."""
+MAX_WORK = 1_000
+"""Work that one line may do, in visits of nodes; the command that goes beyond is killed. A task has some 20
+nodes; the worst lines take some 4 ms."""
+LOOKUP_WORK = 4
+"""Work of looking up one argument; a fourth of its depth is added."""
 
 ALIASES = {
     "dir": "ls",
@@ -86,8 +89,13 @@ class Call:
         self.fail(self.machine.complain(self.name, path, reason))
 
     def resolve(self, text: str) -> Path:
-        """Return the path that an argument means on this machine; see :meth:`Machine.resolve`."""
-        return self.machine.resolve(text)
+        """Return the path that an argument means on this machine, and charge for looking it up.
+
+        See :meth:`Machine.resolve`.
+        """
+        path = self.machine.resolve(text)
+        self.charge(LOOKUP_WORK + len(path) // 4)
+        return path
 
     def charge(self, num_nodes: int = 1) -> None:
         """Count visited nodes against the line's limit.

@@ -50,6 +50,20 @@ def test_the_defaults_contradict_nothing(tmp_path: Path) -> None:
         ),
         (['model.renderer="chatml"'], "model.renderer", "terse"),
         (['bootstrap.kind="documents"', 'model.renderer="chatml"'], "model.renderer", "terse"),
+        (['bootstrap.also=[{name="hidden_button", preset="door"}]'], "bootstrap.also.0.name", "buttons"),
+        (['bootstrap.also=[{name="hidden_buttons", preset="dor"}]'], "bootstrap.also.0", "door"),
+        (
+            ['bootstrap.kind="random"', 'bootstrap.also=[{name="hidden_buttons", preset="door"}]'],
+            "bootstrap.also", 'kind = "random" reads none',
+        ),
+        (
+            ['bootstrap.also=[{name="frozen_lake_obscure", preset="easy"}]'],
+            "bootstrap.also", "frozen_lake_obscure has none",
+        ),
+        (
+            ['bootstrap.kind="documents"', 'environments.0={name="frozen_lake_obscure", preset="easy"}'],
+            "bootstrap.kind", "frozen_lake_obscure has none",
+        ),
         (["bootstrap.warmup_steps=400"], "bootstrap.warmup_steps", "lower"),
         (['engine.kind="sglang"'], "engine.kind", '"embedded"'),
         (['engine.urls=["http://127.0.0.1:1"]'], "engine.urls", "remove"),

@@ -201,6 +201,7 @@ def test_system_prompt_states_the_rules_and_hides_the_mapping() -> None:
     assert "at most 8 actions" in prompt and "at most 10 actions" in started("hard").system_prompt()
     for phrase in ("<answer>Direction N</answer>", "hidden", "hole", "goal", "hints", "Direction 4"):
         assert phrase in prompt
+    assert "(row, column), both counted from 0 at the top left" in prompt  # as positions are reported
     assert prompt == FrozenLakeObscure(SPEC.options("easy")).system_prompt()
     assert "{" not in prompt and "## " not in prompt  # hint and length sections are added behind it
 

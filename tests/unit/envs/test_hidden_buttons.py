@@ -19,13 +19,13 @@ from cod_async.engines.base import Completion, EngineCounters, SamplingParams
 from cod_async.envs.base import TaskSpec
 from cod_async.envs.hidden_buttons import SPEC, HiddenButtons
 from cod_async.envs.hidden_buttons.documents import (
-    MAX_FACTS,
     _solve,
     bootstrap_documents,
     skills,
     vocabulary,
 )
 from cod_async.envs.hidden_buttons.worlds import Options, held_out_worlds, mapping_of, world_of
+from cod_async.envs.note_documents import MAX_FACTS
 from cod_async.errors import EnvironmentInputError
 from cod_async.lifecycle.documents import Document
 from cod_async.lifecycle.hint import prompts_for

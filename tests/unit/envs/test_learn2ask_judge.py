@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 
-from cod_async.envs.base import TaskSpec
+from cod_async.envs.base import TaskSpec, environment_errors
 from cod_async.envs.learn2ask import SPEC
 from cod_async.envs.learn2ask.endpoint import MAX_REPLY_BYTES, ChatEndpoint, backoff_s
 from cod_async.envs.learn2ask.env import Learn2Ask
 from cod_async.envs.learn2ask.judging import facts_by_endpoint, parse_scores
 from cod_async.envs.learn2ask.prepare import prepare
 from cod_async.errors import EnvironmentInputError, InfrastructureError
-from cod_async.lifecycle.episodes import environment_errors
 
 KEY = "sk-test-0123456789"
 RECORD = {

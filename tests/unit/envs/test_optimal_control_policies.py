@@ -56,6 +56,12 @@ def test_any_row_equals_sequential_draws(preset: str, split: str, seed: int, siz
     assert list(islice(records(options, split, 42), 200)) == expected
     assert record_at(options, split, 42, 137) == expected[137]
     assert record_at(options, split, 42, size + 137) == expected[137]
+    assert SPEC.num_records is not None and SPEC.num_records(options, split) == size
+
+
+def test_a_pack_larger_than_the_data_set_is_refused() -> None:
+    with pytest.raises(EnvironmentInputError, match="4000 records, the pack needs 4001"):
+        commands.play(NAME, pack_size=4001, num_packs=1, split="held_out")
 
 
 def test_other_data_seeds_give_other_rows() -> None:

@@ -77,6 +77,21 @@ def test_first_observation_and_rules() -> None:
     assert environment.max_steps == 6 and not environment.is_step_penalized
 
 
+def test_sampling_is_offered_as_long_as_points_are_left() -> None:
+    def offer(result: StepResult) -> str:
+        return result.observation.split("## Next\n")[1]
+
+    environment = started()
+    assert "sample further" in offer(step(environment, sample(POINTS[:5])))
+    assert "sample further" in offer(step(environment, run_regression(["u"])))
+    for response in (sample(POINTS[:1]), run_regression(["u"])):
+        following = offer(step(environment, response))
+        assert "no points are left" in following and "sample" not in following
+    environment.reset(task(1))
+    following = offer(step(environment, sample(POINTS)))
+    assert "no points are left: run_sparse_regression." in following
+
+
 def test_no_template_is_given_away_in_the_texts() -> None:
     """Examples in prompts and messages are equations that no family has."""
     families = [frozenset(template) for name in FAMILIES for template in load(name).templates]

@@ -170,6 +170,27 @@ def test_benchmark_rows_are_stratified() -> None:
     assert not train & held_out
 
 
+@pytest.mark.parametrize(
+    ("preset", "changes", "sizes"),
+    [
+        ("train", {}, (50_000, 32)),
+        ("eval", {}, (4_000, 4_000)),
+        ("eval", {"rows_per_pack": 7}, (3_997, 3_997)),
+    ],
+)
+def test_rows_start_over_after_their_number(
+    preset: str, changes: dict[str, Any], sizes: tuple[int, int]
+) -> None:
+    options = SPEC.options(preset, changes)
+    assert SPEC.num_records is not None and SPEC.record_at is not None
+    for split, size in zip(("train", "held_out"), sizes, strict=True):
+        assert SPEC.num_records(options, split) == size
+        assert SPEC.record_at(options, split, 5, size) == SPEC.record_at(options, split, 5, 0)
+        assert SPEC.record_at(options, split, 5, size - 1) != SPEC.record_at(options, split, 5, 0)
+    with pytest.raises(EnvironmentInputError, match="splits are train, held_out"):
+        SPEC.num_records(options, "test")
+
+
 def test_pack_seeds_differ_by_split() -> None:
     seeds = {
         SPEC.pack_seed_for(PRESETS["train"], split, seed)

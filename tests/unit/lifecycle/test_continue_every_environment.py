@@ -11,10 +11,20 @@ import msgspec
 import pytest
 from scripted_engine import ScriptedEngine
 
-from cod_async.config.schema import LifecycleConfig
+from cod_async.config.schema import EnvironmentConfig, LifecycleConfig
 from cod_async.envs import registry
-from cod_async.envs.base import Environment, EnvironmentSpec, TaskSpec
-from cod_async.lifecycle.hint import prompts_for
+from cod_async.envs.base import (
+    Closing,
+    Environment,
+    EnvironmentSpec,
+    Opening,
+    Playable,
+    PromptStyle,
+    StepResult,
+    TaskSpec,
+)
+from cod_async.envs.worker import WorkerPool, make_environment
+from cod_async.lifecycle.hint import HintPrompts, prompts_for
 from cod_async.lifecycle.rendering import Renderer
 from cod_async.lifecycle.rollout import LifecycleSpec, initial_state, play
 from cod_async.lifecycle.segment import LifecycleState, Segment
@@ -32,15 +42,58 @@ def lifecycle(spec: EnvironmentSpec, preset: str, seed: int) -> LifecycleSpec:
     return LifecycleSpec("run", 0, 0, 0, "actor", tasks, seed)
 
 
-def run(
+class Twins:
+    """An environment in a worker process and the same in this one; they must answer alike."""
+
+    def __init__(self, isolated: Playable, direct: Environment) -> None:
+        self.isolated, self.direct = isolated, direct
+        self.is_response_cut = False
+        self.name: str = isolated.name
+        self.prompt_style: PromptStyle = isolated.prompt_style
+        self.is_resumable: bool = isolated.is_resumable
+        self.is_step_penalized: bool = isolated.is_step_penalized
+        assert self.name == direct.name and self.prompt_style == direct.prompt_style
+        assert self.is_resumable == direct.is_resumable
+        assert self.is_step_penalized == direct.is_step_penalized
+        assert type(isolated.update_prompts()) is type(direct.update_prompts())
+
+    def update_prompts(self) -> HintPrompts | None:
+        return self.isolated.update_prompts()
+
+    def snapshot(self) -> bytes:
+        assert self.isolated.snapshot() == self.direct.snapshot()
+        return self.isolated.snapshot()
+
+    async def start(self, task: TaskSpec, state: bytes) -> Opening:
+        opening = await self.isolated.start(task, state)
+        assert opening == await self.direct.start(task, state)
+        return opening
+
+    async def step(self, response: str) -> StepResult:
+        self.isolated.is_response_cut = self.direct.is_response_cut = self.is_response_cut
+        result = await self.isolated.step(response)
+        assert result == await self.direct.step(response)
+        return result
+
+    async def finish(self, messages: list[tuple[str, str]] | None, has_feedback: bool) -> Closing:
+        closing = await self.isolated.finish(messages, has_feedback)
+        assert closing == await self.direct.finish(messages, has_feedback)
+        return closing
+
+    async def close(self) -> None:
+        await self.isolated.close()
+
+
+async def run(
     spec: EnvironmentSpec,
     lived: LifecycleSpec,
-    environment: Environment,
+    environment: Environment | Twins,
     renderer: Renderer,
     state: LifecycleState,
 ) -> list[Segment]:
     """Play with the environment's own random policy, driven by nothing but prompt and seed."""
     prompts = prompts_for(environment.prompt_style)
+    seen = environment.direct if isinstance(environment, Twins) else environment
 
     def reply(text: str, rng: random.Random) -> str:
         is_update = "Write Hints" in text if environment.prompt_style == "terse" else prompts.start in text
@@ -51,7 +104,7 @@ def run(
                 if rng.random() < 0.2
                 else f"{prompts.start} {number} = {prompts.label} {prompts.end}"
             )
-        return spec.policies["random"](rng.getrandbits(32))(environment, text, {})
+        return spec.policies["random"](rng.getrandbits(32))(seen, text, {})
 
     engine = ScriptedEngine(renderer, reply, max_context_tokens=20_000)
     stream = play(
@@ -65,11 +118,7 @@ def run(
         top_p=1.0,
         max_context_tokens=20_000,
     )
-
-    async def collect() -> list[Segment]:
-        return [msgspec.structs.replace(segment, wall_s=0.0) async for segment in stream]
-
-    return asyncio.run(collect())
+    return [msgspec.structs.replace(segment, wall_s=0.0) async for segment in stream]
 
 
 def check_rows(segments: Sequence[Segment]) -> None:
@@ -89,9 +138,45 @@ def test_continuing_changes_nothing(name: str, preset: str, terse: Renderer, cha
         if not environment.is_resumable:
             pytest.skip(f"{name} says that it cannot be resumed")
         renderer = terse if environment.prompt_style == "terse" else chatml
-        whole = run(spec, lived, environment, renderer, initial_state(environment))
+        whole = asyncio.run(run(spec, lived, environment, renderer, initial_state(environment)))
         check_rows(whole)
         assert len(whole) == 2 * PACK_SIZE - 1
         for i, segment in enumerate(whole):
             fresh = spec.make(spec.options(preset))
-            assert run(spec, lived, fresh, renderer, segment.state_after) == whole[i + 1 :]
+            rest = asyncio.run(run(spec, lived, fresh, renderer, segment.state_after))
+            assert rest == whole[i + 1 :]
+
+
+def test_continuing_in_another_worker_changes_nothing_either(terse: Renderer, chatml: Renderer) -> None:
+    """Every environment, at once in two workers of each, in step with one in this process."""
+
+    async def live(name: str, pool: WorkerPool) -> None:
+        spec = registry.get(name)
+        preset = spec.default_preset
+        lived = lifecycle(spec, preset, 5)
+        limits = (EnvironmentConfig(name=name, preset=preset, isolation="process", num_workers=2),)
+
+        async def made() -> Twins:
+            isolated = await make_environment(lived.tasks[0], limits, pool)
+            return Twins(isolated, spec.make(spec.options(preset)))
+
+        first = await made()
+        renderer = terse if first.prompt_style == "terse" else chatml
+        whole = await run(spec, lived, first, renderer, initial_state(first))
+        check_rows(whole)
+        await (await made()).close()  # lies in the other worker
+        for i, segment in enumerate(whole if first.is_resumable else ()):
+            other = await made()
+            assert await run(spec, lived, other, renderer, segment.state_after) == whole[i + 1 :]
+            await other.close()
+        await first.close()
+
+    async def live_all() -> None:
+        pool = WorkerPool()
+        try:
+            await asyncio.gather(*(live(name, pool) for name in registry.names()))
+        finally:
+            await pool.aclose()
+        assert not any("lost" in name for name in pool.counters())
+
+    asyncio.run(live_all())

@@ -67,7 +67,7 @@ def unpack(call: Call, members: Sequence[Member], base: Path, is_replacing: bool
     files = call.machine.files
     for member in members:
         path = (*base, *member.path)
-        call.charge()
+        call.charge(1 + len(path) // 4)
         try:
             there = files.find(path)
             is_other_kind = isinstance(there, Directory) == (member.content is not None)
