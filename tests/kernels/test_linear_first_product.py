@@ -220,7 +220,9 @@ def test_rows_that_are_not_trained() -> None:
     data["coefficients"][30:] = 0
     everything = _in_chunk(data, None, chunk_rows=16)
     some = _in_chunk(data, None, chunk_rows=16, num_trained=30)
-    assert all(torch.equal(a, b) for a, b in zip(everything, some, strict=True))
+    assert torch.equal(everything[0], some[0])
+    for a, b in zip(everything[1:], some[1:], strict=True):  # products over fewer rows may round otherwise
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     none = _in_chunk(data, None, num_trained=0)
     assert torch.equal(none[0], _in_chunk(data, None)[0]) and not any(grad.any() for grad in none[1:])
 

@@ -144,7 +144,7 @@ class Engine(ABC):
         """Add the gradients of the chunk that the buffers hold.
 
         Args:
-            rows: the chunk of the last ``forward``.
+            rows: the chunk of the last ``forward``, or its first rows.
             lse: [C] over the whole vocabulary.
             entropy: [C], or None.
             g: gradient of the log-prob [C], or None for zero.

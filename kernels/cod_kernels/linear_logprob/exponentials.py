@@ -209,26 +209,27 @@ class ExponentialEngine(Engine):
         hidden, wide = problem.hidden[rows], problem.compute_dtype
         inverse = problem.inverse(rows)
         g = torch.zeros_like(lse) if g is None else g
-        precise = -g.double()[:, None] * inverse / (2.0**-SHIFT_BITS + self._total)[:, None]
-        own = -precise * (self._total * self._slope)[:, None]  # gradient of the target's logit
-        own = torch.where(self._columns[:, None] < 0, 0.0, own).to(wide)
+        total, slope, columns = self._total[:count], self._slope[:count], self._columns[:count]
+        precise = -g.double()[:, None] * inverse / (2.0**-SHIFT_BITS + total)[:, None]
+        own = -precise * (total * slope)[:, None]  # gradient of the target's logit
+        own = torch.where(columns[:, None] < 0, 0.0, own).to(wide)
         factor = precise.to(wide)
         scaled = room["scaled_hidden"][:count]
         if self.d_hidden is not None:
             product = matmul_into(room["products"][:count], e, problem.weight).mul_(factor)
-            heads = torch.index_select(problem.weight, 0, self._columns.clamp(min=0), out=scaled)
+            heads = torch.index_select(problem.weight, 0, columns.clamp(min=0), out=scaled)
             self.d_hidden[rows] = product.addcmul_(heads, own)
         if self.d_weight is not None:
             torch.mul(hidden, factor, out=scaled)
             matmul_into(self.d_weight, e.t(), scaled, is_added=True)
-            self.add_rows(self.d_weight, self._columns, hidden, own[:, 0])
+            self.add_rows(self.d_weight, columns, hidden, own[:, 0])
         if self.d_bias is not None:
             # In two parts, so that the factor keeps float32's precision through a 16-bit product.
             high = factor.to(e.dtype)
             both = torch.cat([high, (factor - high.to(wide)).to(e.dtype)], 1)
             found = torch.empty((e.shape[1], 2), dtype=wide, device=e.device)
             self.d_bias += matmul_into(found, e.t(), both).sum(1)
-            self.add_rows(self.d_bias[:, None], self._columns, torch.ones_like(own), own[:, 0])
+            self.add_rows(self.d_bias[:, None], columns, torch.ones_like(own), own[:, 0])
 
 
 class TorchExponentials(ExponentialEngine):

@@ -52,8 +52,9 @@ def loss_walk(
         statistics.append(stats)
         if not is_trained or (g.device.type == "cpu" and not bool(g.any())):
             continue
-        g[max(0, num_trained - rows.start) :] = 0
-        engine.backward(rows, stats.lse, None, g, None)
+        trained = slice(rows.start, min(rows.stop, num_trained))
+        count = trained.stop - trained.start
+        engine.backward(trained, stats.lse[:count], None, g[:count], None)
     engine.finish()
     return torch.stack(losses).sum(), merge_metrics(metrics), join(statistics)
 

@@ -109,15 +109,15 @@ class TorchEngine(Engine):
         inverse = problem.inverse(rows)
         g = torch.zeros_like(lse) if g is None else g.to(lse.dtype)
         owned = g if is_owner is None else g * is_owner
-        scale = None if problem.group is None else (self._lse - lse).exp()
+        count = rows.stop - rows.start
+        scale = None if problem.group is None else (self._lse[:count] - lse).exp()
         if h is None and problem.softcap is None and self.d_bias is None and scale is None:
             self._add_by_rows(rows, index, is_owner, g[:, None] * inverse)
             return
         self.fresh_rows = None
-        count = rows.stop - rows.start
         dz, z = self._p[:count], self._z[:count]
         if h is not None and entropy is not None:
-            z.add_((self._lse - lse + entropy)[:, None]).mul_(h[:, None]).add_(g[:, None])
+            z.add_((self._lse[:count] - lse + entropy)[:, None]).mul_(h[:, None]).add_(g[:, None])
             dz.mul_(z).neg_()
         else:
             dz.mul_(-g[:, None])
@@ -127,7 +127,7 @@ class TorchEngine(Engine):
         if isinstance(inverse, Tensor) or inverse != 1.0:
             dz *= inverse
         if self._slope is not None:
-            dz *= self._slope
+            dz *= self._slope[:count]
         if self.d_hidden is not None:
             torch.mm(dz, self._weight, out=self.d_hidden[rows])
         if self.d_weight is not None:
