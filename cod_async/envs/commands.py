@@ -19,7 +19,7 @@ from cod_async.config.schema import EnvironmentConfig, LifecycleConfig, PackStra
 from cod_async.envs import registry
 from cod_async.envs.base import Environment, EnvironmentSpec, Policy, TaskSpec
 from cod_async.errors import EnvironmentInputError
-from cod_async.lifecycle.packs import STRATEGIES, PackPlan, Split, plan_pack
+from cod_async.lifecycle.packs import SPLITS, STRATEGIES, PackPlan, Split, plan_pack
 from cod_async.lifecycle.rewards import penalized_reward
 from cod_async.lifecycle.seeds import stable_seed
 
@@ -110,7 +110,7 @@ def play(
     on_progress: Callable[[int, int], None] | None = None,
     *,
     options: Mapping[str, Any] | None = None,
-    split: Split = "train",
+    split: str = "train",
     solve_penalty: float | None = None,
     strategy: str = "cod",
 ) -> dict[str, Any]:
@@ -145,6 +145,8 @@ def play(
         problems.append(f"environment {name}: no policy {policy!r}; policies are {known}")
     if num_packs < 1:
         problems.append(f"the number of packs is {num_packs}; it must be at least 1")
+    if split not in SPLITS:
+        problems.append(f"no split {split!r}; splits are {', '.join(SPLITS)}")
     if strategy not in STRATEGIES:
         problems.append(f"no pack strategy {strategy!r}; strategies are {', '.join(STRATEGIES)}")
     if seed < 0:
@@ -160,7 +162,9 @@ def play(
     async def play_all() -> list[list[float]]:
         rewards = []
         for group in range(num_packs):
-            plan = plan_pack(mixture, pack_size, seed, group, split, strategy=cast(PackStrategy, strategy))
+            plan = plan_pack(
+                mixture, pack_size, seed, group, cast(Split, split), strategy=cast(PackStrategy, strategy)
+            )
             act = spec.policies[policy](stable_seed("policy", seed, group))
             rewards.append(await _play_pack(spec.make(merged), plan, act, config))
             if on_progress is not None:

@@ -26,6 +26,7 @@ from cod_async.lifecycle.seeds import hash64
 from cod_async.lifecycle.seeds import stable_seed as stable_seed
 
 Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "held_out")
 STRATEGIES: tuple[PackStrategy, ...] = ("cod", "ralph_sample", "ralph_full")
 
 
@@ -176,8 +177,8 @@ def plan_pack(
         EnvironmentInputError: unknown environment, preset, option, split or strategy, an empty mixture, a
             pack size below 1, or a data set with fewer records than the pack has tasks.
     """
-    if split not in ("train", "held_out"):
-        raise EnvironmentInputError(f"no split {split!r}; splits are train, held_out")
+    if split not in SPLITS:
+        raise EnvironmentInputError(f"no split {split!r}; splits are {', '.join(SPLITS)}")
     if strategy not in STRATEGIES:
         raise EnvironmentInputError(f"no pack strategy {strategy!r}; strategies are {', '.join(STRATEGIES)}")
     if not environments:

@@ -134,7 +134,9 @@ def test_snapshots_are_small_versioned_and_checked() -> None:
     assert other.snapshot() == state
     other.restore(fresh)
     assert other.snapshot() == fresh
-    for bad in (b"", b"\x02" + state[1:], state[:-1], state + b"\x00", b"\x01\xff", b"\x01" + b"\x93" * 400):
+    no_text = state.replace(b"ds_t1_1", b"ds_t1_\xff")
+    cut = (state[:-1], state + b"\x00", b"\x01\xff", b"\x01" + b"\x93" * 400)
+    for bad in (b"", b"\x02" + state[1:], no_text, *cut):
         with pytest.raises(EnvironmentInputError, match="snapshot"):
             other.restore(bad)
     good = DataSet("ds_t1_1", 1, (0.5,), (0.0,), (1.0,), (2.0,))
