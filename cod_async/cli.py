@@ -85,40 +85,70 @@ def evaluate(
         list[Path] | None, typer.Option(help="TOML files, instead of the run's settings.")
     ] = None,
     overrides: Sets = None,
+    suite: Annotated[Path | None, typer.Option(help="TOML file that says what to play.")] = None,
     environment: Annotated[str | None, typer.Option(help="Evaluate on this environment.")] = None,
     preset: Annotated[str | None, typer.Option(help="Preset of --environment.")] = None,
+    pack_size: Annotated[int | None, typer.Option(help="Tasks in a lifecycle.")] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="cod: different tasks; ralph_sample, ralph_full: one task again and again."),
+    ] = None,
+    carry: Annotated[str | None, typer.Option(help="hint, transcript, none.")] = None,
     split: Annotated[
-        list[str] | None, typer.Option(help="train, held_out; repeatable. Default: both.")
+        list[str] | None, typer.Option(help="train, held_out; repeatable. Default: both, or the suite's.")
     ] = None,
     control: Annotated[
         list[str] | None, typer.Option(help="normal, blanked, swapped, truth; repeatable.")
     ] = None,
-    packs: Annotated[int | None, typer.Option(help="Fresh packs per curve.")] = None,
+    packs: Annotated[
+        int | None, typer.Option(help="Packs per curve and seed; 0: the whole data set.")
+    ] = None,
     lifecycles: Annotated[int | None, typer.Option(help="Lifecycles per pack.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of packs and sampling; repeatable.")] = None,
     step: Annotated[
         int | None, typer.Option(help="Optimiser step of the weights; default the newest.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of packs and sampling.")] = 0,
-    processes: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="Sweep over a run: all, every:N, published, or steps like 0,20,40.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="What to call the weights.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Worker processes; default one per core, at most 2.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of results; the same one continues.")] = None,
+    plots: Annotated[bool, typer.Option(help="Draw the curves.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate: mean reward by position, with the hint as it is, blanked, swapped or true."""
-    from cod_async.commands.evaluating import run_eval
+    """Evaluate: mean reward by position, with the hint as it is, blanked, swapped or true.
+
+    What is finished is kept: after an interrupt or a kill the same command goes on where it was.
+    """
+    from cod_async.commands.evaluating import Request, run_eval
 
     code = run_eval(
-        source,
-        configs=config or [],
-        overrides=overrides or [],
-        environment=environment,
-        preset=preset,
-        splits=split or ["train", "held_out"],
-        controls=control or ["normal"],
-        num_packs=packs,
-        lifecycles=lifecycles,
-        step=step,
-        seed=seed,
-        num_processes=processes,
-        is_json=as_json,
+        Request(
+            source=source,
+            configs=tuple(config or ()),
+            overrides=tuple(overrides or ()),
+            suite=suite,
+            environment=environment,
+            preset=preset,
+            pack_size=pack_size,
+            strategies=tuple(strategy or ()),
+            carry=carry,
+            splits=tuple(split or ()),
+            controls=tuple(control or ()),
+            num_packs=packs,
+            lifecycles=lifecycles,
+            seeds=tuple(seed or ()),
+            step=step,
+            checkpoints=checkpoints,
+            label=label,
+            num_processes=processes,
+            out=out,
+            has_plots=plots,
+            is_json=as_json,
+        )
     )
     raise typer.Exit(code)
 
@@ -166,6 +196,9 @@ def env_play(
     strategy: Annotated[
         str, typer.Option(help="cod: different tasks; ralph_sample, ralph_full: one task again and again.")
     ] = "cod",
+    split: Annotated[
+        str, typer.Option(help="train, or held_out: worlds and records training never has.")
+    ] = "train",
     options: Annotated[str, typer.Option(help="Overrides of the preset's options, as JSON.")] = "{}",
     as_json: AsJson = False,
 ) -> None:
@@ -182,6 +215,7 @@ def env_play(
         seed,
         options=_json_object("--options", options),
         strategy=strategy,
+        split=split,
     )
     if as_json:
         print_json(answer)

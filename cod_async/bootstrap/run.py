@@ -1,10 +1,12 @@
 """Making the starting model directory.
 
-There are two kinds. ``documents``: an environment that was made for tiny models brings its own vocabulary and
+There are two kinds. ``documents``: environments that were made for tiny models bring their own vocabulary and
 training documents, which teach the language of the rollout and note-taking but no use of notes; the table of
-what they teach is written into the report, because a result can only be judged beside what its starting point
-already knew. ``random``: a byte-level ChatML tokenizer made from the environments' own prompts and weights
-that nobody trained, for pipelines that only have to run. The directory appears whole or not at all.
+what they teach is written into the report, because a result can only be judged beside what its starting
+point already knew. A mixture shares one vocabulary; environments of ``bootstrap.also`` give words and
+documents too, although nobody trains on them. ``random``: a byte-level ChatML tokenizer made from the
+environments' own prompts and weights that nobody trained, for pipelines that only have to run. The directory
+appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from msgspec.structs import replace
@@ -27,7 +29,6 @@ from cod_async.bootstrap.trainer import TokenDocument, TrainingResult, train
 from cod_async.config.schema import Config, EnvironmentConfig
 from cod_async.durable import commit_folder, write_atomic
 from cod_async.envs import registry
-from cod_async.envs.base import EnvironmentSpec
 from cod_async.errors import InputError
 from cod_async.lifecycle.documents import Document
 from cod_async.lifecycle.hint import prompts_for
@@ -61,10 +62,10 @@ def run_bootstrap(config: Config, out_dir: Path, on_progress: Progress | None = 
         on_progress: called every tenth step with ``{step, num_steps, loss, losses}``.
 
     Returns:
-        The report: ``{kind, environments, seed, num_parameters, vocab_size, num_steps, documents_per_step,
-        losses, gate: {category, bar, loss, is_met} | null, taught: [{skill, is_taught, note}], wall_s, cpu_s,
-        history}``; losses in nats per token. A gate that was not met is reported, not raised: training may
-        still work, later.
+        The report: ``{kind, environments, also, seed, num_parameters, vocab_size, num_steps,
+        documents_per_step, losses, gate: {category, bar, loss, is_met} | null,
+        taught: [{skill, is_taught, note}], wall_s, cpu_s, history}``; losses in nats per token. A gate that
+        was not met is reported, not raised: training may still work, later.
 
     Raises:
         InputError: the directory exists and is not empty, or the kind does not fit the environments.
@@ -73,8 +74,7 @@ def run_bootstrap(config: Config, out_dir: Path, on_progress: Progress | None = 
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"{out_dir} exists and is not empty; remove it or choose another folder")
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    specs = [registry.get(environment.name) for environment in config.environments]
-    kind = _kind(config, specs)
+    kind = _kind(config)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     torch.set_num_threads(config.learner.num_threads)
@@ -83,8 +83,9 @@ def run_bootstrap(config: Config, out_dir: Path, on_progress: Progress | None = 
         report = {
             "kind": kind,
             "environments": [{"name": e.name, "preset": e.preset} for e in config.environments],
+            "also": [{"name": e.name, "preset": e.preset} for e in config.bootstrap.also],
             "seed": config.run.seed,
-            **make(config, specs, temporary, on_progress),
+            **make(config, temporary, on_progress),
             "wall_s": round(time.perf_counter() - start_s, 2),
             "cpu_s": round(time.process_time() - start_cpu_s, 2),
         }
@@ -97,37 +98,49 @@ def run_bootstrap(config: Config, out_dir: Path, on_progress: Progress | None = 
     return report
 
 
-def _kind(config: Config, specs: Sequence[EnvironmentSpec]) -> str:
+def _kind(config: Config) -> str:
     """Choose between ``documents`` and ``random``."""
-    wanted = config.bootstrap.kind
-    without = sorted({spec.name for spec in specs if not spec.bootstrap_module})
-    is_possible = not without and len({spec.name for spec in specs}) == 1
-    if wanted == "documents" and not is_possible:
-        reason = f"{', '.join(without)} has none" if without else "the environments differ"
+    wanted, names = config.bootstrap.kind, {e.name for e in (*config.environments, *config.bootstrap.also)}
+    without = sorted(name for name in names if not registry.get(name).bootstrap_module)
+    if without and (wanted == "documents" or config.bootstrap.also):
         raise InputError(
-            f"bootstrap.kind = 'documents' needs one environment with bootstrap documents, but {reason}; "
-            "use kind = 'random', or give model.path"
+            f"bootstrap documents are asked for, but {', '.join(without)} has none; "
+            "use bootstrap.kind = 'random' and no bootstrap.also, or give model.path"
         )
-    return "documents" if wanted != "random" and is_possible else "random"
+    if wanted == "random" and config.bootstrap.also:
+        raise InputError(
+            "bootstrap.also: random weights are made from no documents; remove it, or use kind = 'documents'"
+        )
+    return "random" if wanted == "random" or without else "documents"
 
 
-def _from_documents(
-    config: Config, specs: Sequence[EnvironmentSpec], folder: Path, on_progress: Progress | None
-) -> dict[str, Any]:
+class _Taught(NamedTuple):
+    """An environment that documents are made for: its module, merged options, and entry in the config."""
+
+    module: Any
+    options: dict[str, Any]
+    entry: EnvironmentConfig
+
+
+def _from_documents(config: Config, folder: Path, on_progress: Progress | None) -> dict[str, Any]:
     """Write tokenizer and trained weights; return the report's part."""
-    module = importlib.import_module(specs[0].bootstrap_module)
-    options = [s.options(e.preset, e.options) for s, e in zip(specs, config.environments, strict=True)]
-    words = list(dict.fromkeys(word for entry in options for word in module.vocabulary(entry)))
+    entries = (*config.environments, *config.bootstrap.also)
+    taught = []
+    for entry in entries:
+        spec = registry.get(entry.name)
+        module = importlib.import_module(spec.bootstrap_module)
+        taught.append(_Taught(module, spec.options(entry.preset, entry.options), entry))
+    words = list(dict.fromkeys(word for part in taught for word in part.module.vocabulary(part.options)))
     vocab_size = write_word_tokenizer(folder, words, config.model.max_context_tokens)
     renderer = load_renderer(folder, config.model.renderer)
     model = _new_model(config, vocab_size, renderer)
 
     def next_documents(step: int, number: int) -> list[TokenDocument]:
         documents: list[Document] = []
-        for index, share in enumerate(_shares(config.environments, number)):
+        for index, share in enumerate(_shares(entries, number)):
             seed = stable_seed("bootstrap", config.run.seed, step, index)
-            documents += module.bootstrap_documents(
-                options[index], seed, share, pack_size=config.lifecycle.pack_size
+            documents += taught[index].module.bootstrap_documents(
+                taught[index].options, seed, share, pack_size=config.lifecycle.pack_size
             )
         return [encode_document(document, renderer) for document in documents]
 
@@ -139,20 +152,33 @@ def _from_documents(
         "documents_per_step": config.bootstrap.documents_per_step,
         "losses": result.losses,
         "gate": _gate(config, result),
-        "taught": [
-            {"skill": skill, "is_taught": is_taught, "note": note}
-            for skill, is_taught, note in module.skills(options[0])
-        ],
+        "taught": _skills(taught, len(config.environments)),
         "history": [{"step": step, **losses} for step, losses in result.history],
     }
 
 
-def _random(
-    config: Config, specs: Sequence[EnvironmentSpec], folder: Path, on_progress: Progress | None
-) -> dict[str, Any]:
+def _skills(taught: Sequence[_Taught], num_trained: int) -> list[dict[str, Any]]:
+    """Return what the documents teach; a row that does not hold for all environments names those it does."""
+    holders: dict[tuple[str, bool, str], list[str]] = {}
+    names = [f"{part.entry.name} {part.entry.preset}" for part in taught]
+    for name, part in zip(names, taught, strict=True):
+        for row in part.module.skills(part.options):
+            holders.setdefault(row, []).append(name)
+    rows = []
+    for (skill, is_taught, note), of in holders.items():
+        prefix = "" if of == names else f"{', '.join(of)}: "
+        rows.append({"skill": prefix + skill, "is_taught": is_taught, "note": note})
+    for name in names[num_trained:]:
+        rows.append(
+            {"skill": f"{name}: training packs", "is_taught": False, "note": "words and formats only"}
+        )
+    return rows
+
+
+def _random(config: Config, folder: Path, on_progress: Progress | None) -> dict[str, Any]:
     """Write a byte-level tokenizer and untrained weights; return the report's part."""
     vocab_size = write_chatml_tokenizer(
-        folder, _texts(config, specs), config.bootstrap.vocab_size, config.model.max_context_tokens
+        folder, _texts(config), config.bootstrap.vocab_size, config.model.max_context_tokens
     )
     model = _new_model(config, vocab_size, load_renderer(folder, config.model.renderer))
     save_model(folder, model)
@@ -223,9 +249,10 @@ def _shares(environments: Sequence[EnvironmentConfig], number: int) -> list[int]
     return [after - before for before, after in itertools.pairwise(edges)]
 
 
-def _texts(config: Config, specs: Sequence[EnvironmentSpec]) -> Iterator[str]:
+def _texts(config: Config) -> Iterator[str]:
     """Yield prompts of some packs of every environment, to learn a tokenizer's merges from."""
-    for spec, chosen in zip(specs, config.environments, strict=True):
+    for chosen in config.environments:
+        spec = registry.get(chosen.name)
         environment = spec.make(spec.options(chosen.preset, chosen.options))
         prompts = prompts_for(environment.prompt_style)
         for group in range(_NUM_TEXT_PACKS):

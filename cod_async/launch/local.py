@@ -25,6 +25,7 @@ from cod_async.config.schema import Config
 from cod_async.errors import CodError, InputError, StoreError, WorkError
 from cod_async.launch import phases
 from cod_async.launch.export import export_model
+from cod_async.launch.in_training import InTraining
 from cod_async.launch.interrupts import InterruptedRunError, Interrupts
 from cod_async.launch.run_folder import RunLock, child_environment, cod_command, prepare, read_versions
 from cod_async.launch.supervisor import Child, Supervisor
@@ -36,6 +37,7 @@ from cod_async.observe.summary import (
     curve_table,
     headline,
     read_evaluation,
+    read_in_training,
     read_summary,
     taught_table,
     write_summary,
@@ -146,7 +148,36 @@ class _Launch:
                 self._train()
         else:
             self._history.add(self._reader.poll())
+        self._finish_in_training()
         self._after()
+
+    def _in_training(self) -> InTraining | None:
+        """Return what evaluates beside training, None if nothing does."""
+        if not self._config.evaluation.every_steps:
+            return None
+        return InTraining(
+            self._run_dir,
+            self._config,
+            self._progress.event,
+            lambda: float(self._history.status.get("time_s") or 0.0),
+        )
+
+    def _finish_in_training(self) -> None:
+        """Let the last evaluations beside training end, the newest version's among them."""
+        beside = self._in_training()
+        if beside is None:
+            return
+        try:
+            with (
+                self._timed("evaluation_in_training", "finishing the evaluations beside training"),
+                self._interrupts.raising(),
+            ):
+                beside.poll()
+                while not beside.is_idle:
+                    time.sleep(_LOOP_S)
+                    beside.poll()
+        finally:
+            beside.close()
 
     def _after(self) -> None:
         config, run_dir = self._config, self._run_dir
@@ -277,6 +308,7 @@ class _Launch:
             for role in ("coordinator", "learner")
         )
         over_s: float | None = None
+        beside = self._in_training()
         try:
             while not coordinator.is_finished:
                 self._raise_if_interrupted()
@@ -288,6 +320,8 @@ class _Launch:
                         break
                 self._progress.training(self._history)
                 events.plot_if_due()
+                if beside is not None:
+                    beside.poll()
                 time.sleep(_LOOP_S)
             # Who is only just starting again never spoke to the coordinator, and would look for it for ever.
             supervisor.let_go("learner", "actor", "coordinator")
@@ -295,6 +329,8 @@ class _Launch:
             events.write(self._history.add(self._reader.poll()))
         finally:
             events.close()
+            if beside is not None:
+                beside.close()
         self._stop(supervisor, min(10.0, self._config.run.grace_s))
 
     def _stop(self, supervisor: Supervisor, grace_s: float) -> None:
@@ -321,6 +357,7 @@ class _Launch:
             seconds=self._state["seconds"],
             versions=read_versions(run_dir),
             num_policy_versions=(_ask_store(run_dir, "SELECT COUNT(*) FROM versions") or (0,))[0],
+            in_training=read_in_training(run_dir),
         )
         path = write_summary(run_dir, summary)
         self._progress.__exit__(None, None, None)

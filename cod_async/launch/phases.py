@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from cod_async.durable import commit_folder
 from cod_async.errors import InputError, WorkError
 from cod_async.launch.parent import PARENT_VARIABLE
 from cod_async.launch.run_folder import child_environment, cod_command
-from cod_async.observe.summary import read_evaluation, write_evaluation
+from cod_async.observe.summary import EVALUATION_DIR, read_evaluation, write_evaluation
 
 MODEL_NAME = "model"
 """Folder of the starting model inside a run folder."""
 _POLL_S = 0.2
 _TAIL_CHARS = 3000
-_NUM_EVALUATION_PROCESSES = 2
+LAUNCH_NAME = "launch"
+"""Folder of the lifecycles that a launch evaluates before and after training."""
+NUM_EVALUATION_PROCESSES = 2
 
 Tell = Callable[[str], None]
 
@@ -144,50 +146,41 @@ def evaluate(
     earlier = read_evaluation(run_dir, name)
     if earlier is not None and earlier.get("checkpoint") == checkpoint:
         return earlier
-    from cod_async.evaluate.deploy import Control, EvaluationRequest, Split
-    from cod_async.evaluate.jobs import EvaluationJob, run_jobs
-    from cod_async.evaluate.report import report_to_json
+    from cod_async.commands.evaluating import progress_text
+    from cod_async.evaluate.run import evaluate as run_evaluation
+    from cod_async.evaluate.suite import ad_hoc_suite, resolve
+    from cod_async.evaluate.targets import Checkpoint
 
     can_control = (
         config.lifecycle.carry == "hint"
         and config.lifecycle.pack_size > 1
         and config.evaluation.num_packs > 1
     )
-    controls: tuple[Control, ...] = (
-        ("normal", "blanked", "swapped") if name == "after" and can_control else ("normal",)
+    controls = ("normal", "blanked", "swapped") if name == "after" and can_control else ("normal",)
+    suite = ad_hoc_suite(
+        config, (config.lifecycle.packs,), ("train", "held_out"), controls, (config.run.seed,)
     )
-    splits: tuple[Split, ...] = ("train", "held_out")
-    jobs = [
-        EvaluationJob(
-            model_dir=str(model_dir),
-            config=config,
-            request=EvaluationRequest(
-                environment=environment.name,
-                preset=environment.preset,
-                options=environment.options,
-                split=split,
-                controls=controls,
-                num_packs=config.evaluation.num_packs,
-                lifecycles_per_pack=config.evaluation.lifecycles_per_pack,
-                seed=config.run.seed,
-                checkpoint=checkpoint,
-            ),
-        )
-        for environment in config.environments
-        for split in splits
-    ]
+    settings, problems = resolve(suite, config)
+    if problems:
+        raise InputError(problems)
     started_s = time.monotonic()
-    done: dict[int, str] = {}
-
-    def on_progress(values: Mapping[str, Any]) -> None:
-        done[values["job"]] = f"{values['split']} {values['control']} {values['done']}/{values['total']}"
-        tell(" · ".join(done[job] for job in sorted(done)))
-
-    reports = run_jobs(jobs, num_processes=_NUM_EVALUATION_PROCESSES, on_progress=on_progress)
+    answer = run_evaluation(
+        suite,
+        settings,
+        [Checkpoint(label=checkpoint, model_dir=str(model_dir))],
+        run_dir / EVALUATION_DIR / LAUNCH_NAME,
+        num_processes=NUM_EVALUATION_PROCESSES,
+        on_progress=lambda values: tell(progress_text(values)),
+    )
+    if answer["failures"]:
+        raise WorkError(
+            f"{len(answer['failures'])} lifecycles could not be played (resume to try again): "
+            f"{answer['failures'][0]}"
+        )
     result = {
         "checkpoint": checkpoint,
         "wall_s": time.monotonic() - started_s,
-        "reports": [report_to_json(report) for part in reports for report in part],
+        "reports": answer["reports"],
     }
     write_evaluation(run_dir, name, result)
     return result

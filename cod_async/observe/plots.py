@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt
 from cod_async.config import load_resolved
 from cod_async.config.schema import Config
 from cod_async.observe.metrics import Record, lag_histogram, position_gap, read_history
-from cod_async.observe.summary import LABELS, curves, labels_for, read_evaluation
+from cod_async.observe.summary import LABELS, curves, labels_for, read_evaluation, read_in_training
+from cod_async.observe.sweeps import draw_over_training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,6 +154,9 @@ def draw_all(run_dir: Path) -> list[Path]:
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         draw(axes)
         paths.append(_save(figure, folder / f"{name}.png"))
+    points = read_in_training(run_dir)["points"]
+    if points:
+        paths.append(draw_over_training(points, folder / "evaluation_in_training.png"))
     figure, (left, middle, right) = plt.subplots(
         1, 3, figsize=(16, 4.6), layout="constrained", width_ratios=(5, 5, 3)
     )

@@ -71,7 +71,7 @@ MAX_SHOWN_POSITIONS = 12
 
 
 def format_curve(means: list[float | None]) -> str:
-    """Return a position curve like ``.27 .48 .61 .63``; of a long one the first three, the middle, the last."""
+    """Return a curve like ``.27 .48 .61 .63``; of a long one the first three, the middle, the last."""
     words = ["-" if mean is None else f"{mean:.2f}".replace("0.", ".", 1) for mean in means]
     if len(words) > MAX_SHOWN_POSITIONS:
         words = [*words[:3], "…", words[len(words) // 2], "…", words[-1]]

@@ -24,6 +24,8 @@ from cod_async.observe.progress import format_duration
 
 SUMMARY_NAME = "summary.json"
 EVALUATION_DIR = "evaluation"
+IN_TRAINING_NAME = "in_training.json"
+"""What was evaluated beside training, inside :data:`EVALUATION_DIR`."""
 CURVES: tuple[tuple[str, str, str, str], ...] = (
     ("before", "before", "train", "normal"),
     ("after", "after", "train", "normal"),
@@ -53,9 +55,13 @@ MAX_TRAINING_S = 300.0
 
 
 def labels_for(config: Config) -> dict[str, str]:
-    """Return curve name -> label; held-out packs are called worlds never trained on only where they are."""
+    """Return curve name -> label; held-out packs are called worlds never trained on only where they are.
+
+    With plain pack seeds they never are: the seed of a world is then a function of row numbers alone, and
+    both splits count their rows from 0.
+    """
     specs = [(registry.get(env.name), env) for env in config.environments]
-    has_held_out_worlds = all(
+    has_held_out_worlds = not config.lifecycle.has_plain_pack_seeds and all(
         spec.has_held_out_worlds is not None
         and spec.has_held_out_worlds(spec.options(env.preset, env.options))
         for spec, env in specs
@@ -79,6 +85,26 @@ def read_evaluation(run_dir: Path, name: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) else None
+
+
+def read_in_training(run_dir: Path) -> dict[str, Any]:
+    """Return what was evaluated beside training.
+
+    Returns:
+        ``{suite, num_skipped, num_failed, points: [{version, lineage, step, wall_s, rows, reports}]}`` with
+        the points by step, of the surviving history; no points if there were none.
+    """
+    try:
+        values = json.loads((run_dir / EVALUATION_DIR / IN_TRAINING_NAME).read_text())
+        points = sorted(values["points"], key=lambda point: point["step"])
+        return {
+            "suite": values["suite"],
+            "num_skipped": values["num_skipped"],
+            "num_failed": values["num_failed"],
+            "points": points,
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"suite": "", "num_skipped": 0, "num_failed": 0, "points": []}
 
 
 def curves(evaluations: Mapping[str, Any], config: Config) -> dict[str, list[dict[str, float]]]:
@@ -169,6 +195,7 @@ def build_summary(
     seconds: Mapping[str, float],
     versions: Mapping[str, Any],
     num_policy_versions: int,
+    in_training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Assemble the summary.
 
@@ -183,6 +210,7 @@ def build_summary(
             launches.
         versions: libraries and commit.
         num_policy_versions: versions published over all lineages, the starting weights included.
+        in_training: what :func:`read_in_training` returns.
     """
     by_curve = curves(evaluations, config)
     steps = history.steps
@@ -203,6 +231,10 @@ def build_summary(
         "config_digest": config_digest(config),
         "versions": dict(versions),
     }
+    if in_training is not None and in_training["points"]:
+        keep = ("version", "lineage", "step", "wall_s", "rows")
+        points = [{name: point[name] for name in keep} for point in in_training["points"]]
+        summary["evaluation_in_training"] = {**in_training, "points": points}
     if is_quickstart(config) and config.evaluation.is_enabled:
         summary["bars"] = bars(summary)
     return summary

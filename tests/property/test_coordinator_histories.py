@@ -8,7 +8,9 @@ import random
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
+import msgspec
 import pytest
 from coordinator_world import (
     MEMORY_FOLDER,
@@ -23,6 +25,9 @@ from coordinator_world import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cod_async.envs import registry
+from cod_async.envs.hidden_buttons import SPEC
+from cod_async.envs.hidden_buttons.env import HiddenButtons
 from cod_async.lifecycle.segment import SegmentKey
 from cod_async.store.ledger import ledger_with_problems
 from cod_async.wire.messages import SegmentData, StepRequest
@@ -53,7 +58,14 @@ class History:
     """One random history."""
 
     def __init__(
-        self, folder: Path, seed: int, *, max_lag: int, on_bound: str, is_deterministic: bool
+        self,
+        folder: Path,
+        seed: int,
+        *,
+        max_lag: int,
+        on_bound: str,
+        is_deterministic: bool,
+        is_resumable: bool = True,
     ) -> None:
         self.rng = random.Random(seed)
         self.config = make_config(
@@ -64,6 +76,8 @@ class History:
             credit_assignment={"red": self.rng.choice(["off", "bisection"])},
         )
         self.is_deterministic = is_deterministic
+        self.is_resumable = is_resumable
+        self.num_restarted = 0
         self.world = World(folder, self.config)
         self.learner = Learner(self.world)
         self.saved: LearnerCheckpoint | None = None
@@ -167,7 +181,17 @@ class History:
         assert {key for key, (_, state) in stored.items() if state == "trained"} == set(trained)
         everyone = [*self.actors, *self.gone]
         acked = [(key, epoch) for actor in everyone for key, epoch in actor.acked.items()]
-        assert all(stored[key][0] == epoch for key, epoch in acked), "acknowledged and lost, or two winners"
+        restarted = {
+            (SegmentKey(g, m, o), epoch)
+            for g, m, o, epoch in self.world.store._connection.execute(
+                "SELECT grp, member, ordinal, lease_epoch FROM refused_segments WHERE reason = 'restarted'"
+            )
+        }
+        for key, epoch in acked:
+            is_winner = key in stored and stored[key][0] == epoch
+            assert is_winner != ((key, epoch) in restarted), "acknowledged and lost, or two winners"
+        assert not (self.is_resumable and restarted)
+        self.num_restarted = len(restarted)
         sealed = sum(actor.counters["sealed_segments"] for actor in everyone)
         assert answer["segments"]["generated"] <= sealed
         assert answer["segments"]["trained"] == len(trained)
@@ -214,6 +238,18 @@ def _fields(segment: object) -> dict[str, object]:
     return {name: getattr(segment, name) for name in segment.__struct_fields__}  # type: ignore[attr-defined]
 
 
+def live(history: History) -> None:
+    """Let a history happen and check the books on the way and at its end."""
+    assert history.config.run.name == RUN
+    for _ in range(3):
+        history.run(50)
+        history.check_books()
+    history.check_progress()
+    history.check_books()
+    history.check_everything_counted()
+    history.world.store.close()
+
+
 @pytest.mark.parametrize(
     ("max_lag", "on_bound", "is_deterministic"),
     [
@@ -231,14 +267,34 @@ def test_random_histories_keep_their_books(
     max_lag: int, on_bound: str, is_deterministic: bool, seed: int
 ) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER) as folder:
-        history = History(
-            Path(folder), seed, max_lag=max_lag, on_bound=on_bound, is_deterministic=is_deterministic
+        live(
+            History(Path(folder), seed, max_lag=max_lag, on_bound=on_bound, is_deterministic=is_deterministic)
         )
-        assert history.config.run.name == RUN
-        for _ in range(3):
-            history.run(50)
-            history.check_books()
-        history.check_progress()
-        history.check_books()
-        history.check_everything_counted()
-        history.world.store.close()
+
+
+class Forgetful(HiddenButtons):
+    """Says that its state cannot be carried to another actor."""
+
+    is_resumable: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize(("max_lag", "on_bound"), [(0, "wait"), (3, "wait"), (2, "expire")])
+def test_lifecycles_that_start_anew_keep_the_books_as_well(
+    max_lag: int, on_bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = msgspec.structs.replace(SPEC, make=Forgetful)
+    monkeypatch.setattr(registry, "get", lambda name: spec)
+    num_restarted = 0
+    for seed in range(12):
+        with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER) as folder:
+            history = History(
+                Path(folder),
+                seed,
+                max_lag=max_lag,
+                on_bound=on_bound,
+                is_deterministic=False,
+                is_resumable=False,
+            )
+            live(history)
+            num_restarted += history.num_restarted
+    assert num_restarted > 12  # it did happen

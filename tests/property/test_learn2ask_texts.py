@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 from typing import Any
 
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from cod_async.envs.learn2ask.dataset import held_out_diagnoses, parse_line
 from cod_async.envs.learn2ask.judging import parse_facts, parse_scores, quoted
 from cod_async.envs.learn2ask.prepare import merge_turns, split_session
 from cod_async.envs.learn2ask.records import FIELDS, record_problems
+from cod_async.envs.learn2ask.rules import facts_by_rules, judge_by_rules, sentences
 
 TEXTS = st.text(st.characters(), max_size=60) | st.lists(
     st.sampled_from(
@@ -57,6 +59,25 @@ def test_any_reply_is_read_or_refused(reply: str) -> None:
     assert facts is None or all(fact.partition(": ")[0] in FIELDS for fact in facts)
     assert all(line.startswith("> ") for line in quoted(reply or "x").split("\n"))
     quoted(reply).encode("utf-8")
+
+
+PLAIN_SENTENCE = re.compile(r"(.*?)([.!?]+(?=\s|$)|[\u3002\uff01\uff1f]+|\n+|$)", re.DOTALL)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="ab .!?\n\u3002\uff1f\u4e00", max_size=24))
+def test_sentences_are_cut_as_by_the_plain_pattern(text: str) -> None:
+    """The pattern in use only forbids retries; the plain one takes quadratic time for a run of full stops."""
+    matches = [match.groups() for match in PLAIN_SENTENCE.finditer(text)]
+    found = [(body.strip(), bool({"?", "\uff1f"} & set(end))) for body, end in matches]
+    assert sentences(text) == [one for one in found if re.search(r"[ab\u4e00]", one[0])]
+
+
+def test_a_run_of_full_stops_takes_linear_time() -> None:
+    # With the plain pattern each of these takes minutes to hours.
+    assert sentences("a" + "?!" * 200_000 + "b") == [("a" + "?!" * 200_000 + "b", False)]
+    assert judge_by_rules("a " * 30 + "?" * 7_900 + "x", ["symptom: fever"]).content == 0.0
+    assert facts_by_rules(["doctor: fever" + "." * 200_000 + "x"]) == [[]]
 
 
 @settings(max_examples=50, deadline=None)

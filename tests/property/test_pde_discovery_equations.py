@@ -12,7 +12,15 @@ from cod_async.envs.base import TaskSpec
 from cod_async.envs.pde_discovery import SPEC
 from cod_async.envs.pde_discovery.basis import TERMS, Equation
 from cod_async.envs.pde_discovery.env import ACTIONS
-from cod_async.envs.pde_discovery.equation import as_written, has_symbols, parse, read_support, render
+from cod_async.envs.pde_discovery.equation import (
+    MIN_COEFFICIENT,
+    as_written,
+    has_symbols,
+    parse,
+    read_support,
+    render,
+)
+from cod_async.envs.pde_discovery.regression import printed_digits
 
 coefficients = st.floats(-1e6, 1e6, allow_nan=False).filter(lambda value: abs(value) > 1e-9)
 equations = st.dictionaries(st.sampled_from(TERMS), coefficients, min_size=1, max_size=6)
@@ -49,6 +57,21 @@ def test_written_equations_are_read_back(equation: Equation) -> None:
     assert back == as_written(equation)
     assert back is not None and render(back) == text
     assert read_support(text) == tuple(back) == tuple(term for term in TERMS if term in equation)
+
+
+ties = st.integers(-11_000, 11_000).map(lambda halves: halves / 2_000)
+awkward = st.sampled_from((0.9995, -9.995, 9.9995, 9.99, 1e-4, -0.0, math.inf, -math.inf, 1e300))
+
+
+@given(st.lists(st.one_of(coefficients, st.floats(-12, 12), ties, awkward), max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_fits_are_printed_as_python_rounds(fit: list[float]) -> None:
+    expected = [float(f"{round(value, 3):.3g}") for value in fit]
+    assert printed_digits(fit) == expected
+    rounded = {TERMS[index]: value for index, value in enumerate(fit)}
+    assert as_written({t: round(v, 3) for t, v in rounded.items()}) == {
+        t: v for t, v in zip(rounded, expected, strict=True) if abs(v) > MIN_COEFFICIENT
+    }
 
 
 @given(st.one_of(st.text(), st.lists(fragments, max_size=30).map("".join)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import overload
 
 import msgspec
 import numpy as np
@@ -37,6 +38,43 @@ class Candidate(msgspec.Struct, frozen=True):
     max_error: float
 
 
+class Ranking(Sequence[Candidate]):
+    """Scored equations, best first, of which only those that are looked at are ever built.
+
+    Args:
+        supports: sets of terms.
+        printed: coefficients as written, those of each support one after the other.
+        errors: largest absolute error of each.
+        order: places in the other lists, best first.
+    """
+
+    def __init__(
+        self,
+        supports: Sequence[Support],
+        printed: Sequence[float],
+        errors: Sequence[float],
+        order: Sequence[int],
+    ) -> None:
+        self._supports, self._printed = supports, printed
+        self._errors, self._order = errors, order
+        self._starts = list(itertools.accumulate(map(len, supports), initial=0))
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, place: int) -> Candidate: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Candidate]: ...
+    def __getitem__(self, place: int | slice) -> Candidate | list[Candidate]:
+        if isinstance(place, slice):
+            return [self[index] for index in range(len(self))[place]]
+        i = self._order[place]
+        values = self._printed[self._starts[i] : self._starts[i + 1]]
+        pairs = zip(self._supports[i], values, strict=True)
+        return Candidate({TERMS[k]: v for k, v in pairs if abs(v) > MIN_COEFFICIENT}, self._errors[i])
+
+
 class Regression(msgspec.Struct, frozen=True):
     """Outcome of one regression.
 
@@ -45,7 +83,7 @@ class Regression(msgspec.Struct, frozen=True):
         condition: condition number of the normalized columns of the best equation (1 .. 1e12).
     """
 
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
     condition: float
 
     @property
@@ -111,42 +149,58 @@ def regress(
     if not is_usable.all():
         usable = dict.fromkeys(tuple(k for k in support if is_usable[k]) for support in supports)
     fits = _fits(columns, y, usable, threshold)
-    equations = [_as_printed(support, fit) for support, fit in fits.items()]
-    errors = _max_errors(columns, y, equations)
-    order = sorted(range(len(equations)), key=errors.__getitem__)  # stable: small supports first among equals
-    ranked: dict[tuple[tuple[str, float], ...], Candidate] = {}
-    for i in order:  # rounding may make two fits equal
-        ranked.setdefault(tuple(equations[i].items()), Candidate(equations[i], errors[i]))
-    candidates = tuple(ranked.values())
-    best = [INDEX[term] for term in candidates[0].equation]
-    return Regression(candidates, condition_number(columns[:, best], is_rank_checked))
-
-
-def _as_printed(support: Support, fit: Sequence[float]) -> Equation:
-    """Return a fit as it will be printed: three decimals, then three significant digits, without zeros."""
-    equation: Equation = {}
-    for index, value in zip(support, fit, strict=True):
-        coefficient = round(value, 3)
-        if not -1.0 < coefficient < 1.0:  # below, three decimals are three significant digits at most
-            coefficient = float(f"{coefficient:.3g}")
-        if abs(coefficient) > MIN_COEFFICIENT:
-            equation[TERMS[index]] = coefficient
-    return equation
-
-
-def _max_errors(columns: Array, y: Array, equations: Sequence[Equation]) -> list[float]:
-    """Return the largest absolute error of each equation on the data."""
-    coefficients = np.zeros((len(TERMS), len(equations)))
-    rows: list[int] = []
-    places: list[int] = []
-    values: list[float] = []
-    for place, equation in enumerate(equations):
-        rows += [INDEX[term] for term in equation]
-        places += [place] * len(equation)
-        values += equation.values()
-    coefficients[rows, places] = values
+    printed = printed_digits([value for fit in fits.values() for value in fit])
+    coefficients = _dense(list(fits), printed)
     errors: list[float] = np.max(np.abs(y[:, None] - columns @ coefficients), axis=0).tolist()
-    return errors
+    order = sorted(range(len(errors)), key=errors.__getitem__)  # stable: small supports first among equals
+    ranking = Ranking(list(fits), printed, errors, _without_repeats(order, errors, coefficients))
+    best = [INDEX[term] for term in ranking[0].equation]
+    return Regression(ranking, condition_number(columns[:, best], is_rank_checked))
+
+
+def _dense(supports: Sequence[Support], printed: Sequence[float]) -> Array:
+    """Return the coefficients of every term in every equation, float64 [15, len(supports)]."""
+    coefficients = np.zeros((len(TERMS), len(supports)))
+    rows = list(itertools.chain.from_iterable(supports))
+    places = np.repeat(np.arange(len(supports)), [len(support) for support in supports])
+    coefficients[rows, places] = printed
+    coefficients += 0.0  # no negative zeros
+    return coefficients
+
+
+def _without_repeats(order: Sequence[int], errors: Sequence[float], coefficients: Array) -> list[int]:
+    """Leave out equations that rounding has made equal to an earlier one; their errors are equal too."""
+    kept: list[int] = []
+    for _, tied in itertools.groupby(order, key=errors.__getitem__):
+        places = list(tied)
+        if len(places) > 1:
+            firsts: dict[bytes, int] = {}
+            for i in places:
+                firsts.setdefault(coefficients[:, i].tobytes(), i)
+            places = list(firsts.values())
+        kept += places
+    return kept
+
+
+def printed_digits(values: Sequence[float]) -> list[float]:
+    """Return ``float(f"{round(value, 3):.3g}")`` of each value, in one go.
+
+    Numbers below 10 are rounded as integers, thousandths of one; k/1000 is the float nearest to that decimal,
+    so nothing is lost. What comes near a tie, and every larger number, is left to Python.
+    """
+    given = np.array(values, dtype=np.float64)
+    scaled = np.abs(given) * 1e3
+    with np.errstate(invalid="ignore"):  # infinities; they are left to Python
+        thousandths = np.rint(scaled)
+        is_easy = (
+            (thousandths < 9_990.0) & (np.abs(scaled - thousandths) < 0.499) & (thousandths % 10.0 != 5.0)
+        )
+    is_long = thousandths >= 1_000.0
+    digits = np.where(is_long, np.rint(thousandths / 10.0) / 100.0, thousandths / 1e3)
+    found: list[float] = np.copysign(digits, given).tolist()
+    for index in np.flatnonzero(~is_easy).tolist():
+        found[index] = float(f"{round(values[index], 3):.3g}")
+    return found
 
 
 def condition_number(columns: Array, is_rank_checked: bool = True) -> float:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cod_async.bootstrap.run import CATEGORIES, encode_document, run_bootstrap
+from cod_async.bootstrap.trainer import TokenDocument
 from cod_async.config.schema import (
     BootstrapConfig,
     Config,
@@ -21,7 +22,8 @@ from cod_async.config.schema import (
 from cod_async.envs import registry
 from cod_async.envs.hidden_buttons.documents import bootstrap_documents
 from cod_async.errors import InputError
-from cod_async.lifecycle.rendering import load_renderer
+from cod_async.lifecycle.documents import Document
+from cod_async.lifecycle.rendering import Renderer, load_renderer
 from cod_async.models.directory import load_model
 
 
@@ -90,6 +92,63 @@ def test_two_presets_share_one_vocabulary(tmp_path: Path) -> None:
     assert report["vocab_size"] == tokenizer.vocab_size
     for text in ("5=In", "4=Right", "Task goal In"):
         assert tokenizer.find_id("<unk>") not in tokenizer.encode(text)
+
+
+def test_a_mixture_and_what_is_only_read_about_share_one_vocabulary(tmp_path: Path) -> None:
+    config = config_for(
+        ("hidden_buttons", "cross"),
+        ("hidden_matches", "rooms"),
+        also=(EnvironmentConfig(name="hidden_matches", preset="machines"),),
+    )
+    report = run_bootstrap(config, tmp_path / "model")
+    assert report["kind"] == "documents"
+    assert [entry["preset"] for entry in report["environments"]] == ["cross", "rooms"]
+    assert [entry["preset"] for entry in report["also"]] == ["machines"]
+    tokenizer = load_renderer(tmp_path / "model").tokenizer
+    assert report["vocab_size"] == tokenizer.vocab_size
+    for text in ("Task goal Up", "5=In", "Task room Hall", "red=Attic", "Task machine Pump", "saw=Loom"):
+        assert tokenizer.find_id("<unk>") not in tokenizer.encode(text)
+    taught = {entry["skill"]: entry["is_taught"] for entry in report["taught"]}
+    assert taught["faithful note-taking"] and taught["looking up a fact"], "common rows name no environment"
+    both = "hidden_matches rooms, hidden_matches machines: "
+    assert taught[both + "output format"] and not taught[both + "using a hint when acting"]
+    assert not taught["hidden_buttons cross: using a hint when acting"]
+    assert taught["hidden_matches machines: training packs"] is False
+
+
+def test_documents_are_shared_out_by_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cod_async.bootstrap import run
+
+    seen: list[str] = []
+
+    def watch(document: Document, renderer: Renderer) -> TokenDocument:
+        seen.extend(piece.text for piece in document.pieces if document.category == "qa")
+        return encode_document(document, renderer)
+
+    monkeypatch.setattr(run, "encode_document", watch)
+    config = config_for(
+        ("hidden_buttons", "cross"),
+        also=(EnvironmentConfig(name="hidden_matches", preset="machines", weight=3.0),),
+        num_steps=1,
+        documents_per_step=64,
+    )
+    run_bootstrap(config, tmp_path / "model")
+    questions = [text for text in seen if text.startswith("map")]
+    # a quarter of 16 and of 48 documents are questions
+    assert len(questions) == 16
+    assert (
+        sum(any(f"={place}" in q for place in ("Up", "Down", "Left", "Right", "In")) for q in questions) == 4
+    )
+
+
+def test_an_environment_that_is_only_read_about_needs_documents(tmp_path: Path) -> None:
+    lake = (EnvironmentConfig(name="frozen_lake_obscure", preset="easy"),)
+    with pytest.raises(InputError, match="frozen_lake_obscure has none"):
+        run_bootstrap(config_for(("hidden_buttons", "door"), also=lake), tmp_path / "model")
+    door = (EnvironmentConfig(name="hidden_buttons", preset="door"),)
+    with pytest.raises(InputError, match=r"bootstrap\.also"):
+        run_bootstrap(config_for(("hidden_buttons", "door"), kind="random", also=door), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_random_kind_speaks_chatml(tmp_path: Path) -> None:

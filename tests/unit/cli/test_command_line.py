@@ -77,9 +77,12 @@ def test_dry_run_shows_configuration_and_plan_and_makes_nothing(
     assert found["config"]["learner"]["lr"] == 2e-6
     assert found["config"]["run"]["name"] == "trial"
     # 8 groups of 8 lifecycles of 4 solves and 3 updates
-    assert found["plan"]["per_step"] == {
-        "groups": 8, "lifecycles": 64, "segments": 448, "tokens_at_most": 448 * 96,
-        "micro_batches_at_most": 3,
+    # every task is a single press
+    per_step = found["plan"]["per_step"]
+    assert 448 * 10 < per_step.pop("tokens") < 448 * 96
+    assert per_step == {
+        "packs": 8, "groups": 8, "lifecycles": 64, "segments": 448, "responses": 448,
+        "tokens_at_most": 448 * 96, "micro_batches_at_most": 3,
     }  # fmt: skip
     assert found["plan"]["staleness"]["plan_ahead_steps"] == 1
     assert list(tmp_path.iterdir()) == []
@@ -186,8 +189,8 @@ def test_wrong_input_is_named(capsys: pytest.CaptureFixture[str], arguments: lis
             ["no policy 'x'", "number of packs is 0", "seed is -1"],
         ),
         (
-            ["eval", "/nowhere", "--split", "x", "--packs", "0", "--environment", "y"],
-            ["/nowhere: no such folder", "--split x", "--packs 0", "no environment 'y'"],
+            ["eval", "/nowhere", "--split", "x", "--packs", "-1", "--environment", "y"],
+            ["/nowhere: no such folder", "--split x", "--packs -1", "no environment 'y'"],
         ),
         (
             ["eval", "/nowhere", "--environment", "hidden_buttons", "--config", "/no.toml"],
@@ -287,9 +290,10 @@ def test_bootstrap_and_eval_of_a_model_directory(capsys: pytest.CaptureFixture[s
     assert report["kind"] == "documents" and report["taught"]
     found = answer(
         capsys, "eval", str(out), "--config", DOOR, "--packs", "3", "--lifecycles", "1", "--split", "train",
-        "--control", "normal", "--control", "blanked",
+        "--control", "normal", "--control", "blanked", "--processes", "1", "--out", str(tmp_path / "results"),
     )  # fmt: skip
-    assert found["suite"]
+    assert found["suite"] and found["num_played"] == 6
+    assert all(Path(name).is_file() for name in found["plots"])
     assert [(row["control"], row["position"]) for row in found["rows"]] == [
         (control, position) for control in ("normal", "blanked") for position in range(4)
     ]
@@ -307,10 +311,18 @@ def test_bootstrap_and_eval_of_a_model_directory(capsys: pytest.CaptureFixture[s
         "--control",
         "blank",
         "--packs",
-        "0",
+        "-1",
         "--step",
         "3",
+        "--suite",
+        "some.toml",
+        "--carry",
+        "nothing",
+        "--seed",
+        "1",
+        "--seed",
+        "1",
     )
-    assert code == 2 and len(err.splitlines()) == 4
+    assert code == 2 and len(err.splitlines()) == 7
     code, _, err = run(capsys, "eval", str(out))
     assert code == 2 and "--environment" in err

@@ -1,144 +1,61 @@
-"""CoD-Deploy against engines whose answers are known: curves, controls and their pairing."""
+"""Whole evaluations against engines whose answers are known: curves, controls and their pairing, modes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import msgspec
 import pytest
+from evaluation_world import ScriptedEngine, ask, config_for, entry
 
-from cod_async.bootstrap.run import run_bootstrap
-from cod_async.config.schema import (
-    BootstrapConfig,
-    Config,
-    EngineConfig,
-    EnvironmentConfig,
-    LifecycleConfig,
-    ModelConfig,
-)
-from cod_async.engines.base import Completion, EngineCounters, SamplingParams
-from cod_async.errors import EnvironmentInputError, InputError
-from cod_async.evaluate.deploy import SPLITS, EvaluationRequest, evaluate, evaluate_request
-from cod_async.evaluate.jobs import EvaluationJob, run_jobs
-from cod_async.evaluate.request import plan
-from cod_async.lifecycle.rendering import load_renderer
-from cod_async.lifecycle.segment import Version, VersionSpan
+from cod_async.envs import registry
+from cod_async.envs.base import StepResult, TaskSpec
+from cod_async.envs.hidden_buttons import SPEC, HiddenButtons
+from cod_async.errors import InputError, WorkError
+from cod_async.evaluate.results import FolderLock
+from cod_async.evaluate.suite import Suite, SuiteEntry, resolve
 
 
-def config_for(preset: str, **lifecycle: Any) -> Config:
-    settings = {"max_response_tokens": 6, "max_hint_tokens": 12, "solve_penalty": 0.0} | lifecycle
-    return Config(
-        environments=(EnvironmentConfig(name="hidden_buttons", preset=preset),),
-        lifecycle=LifecycleConfig(**settings),
-        model=ModelConfig(max_context_tokens=96),
-        engine=EngineConfig(max_running=8),
-        bootstrap=BootstrapConfig(num_steps=1, documents_per_step=4, qa_loss_gate=100.0),
-    )
+def curve(report: dict[str, Any]) -> list[float]:
+    return [point["mean"] for point in report["reward_by_position"]]
 
 
-@pytest.fixture(scope="module")
-def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Untrained models: the tokenizer is what matters where a scripted engine answers."""
-    root = tmp_path_factory.mktemp("models")
-    for preset in ("door", "cross"):
-        run_bootstrap(config_for(preset), root / preset)
-    return {preset: root / preset for preset in ("door", "cross")}
-
-
-def ask(preset: str, **changes: Any) -> EvaluationRequest:
-    settings: dict[str, Any] = {"num_packs": 6, "lifecycles_per_pack": 2, "seed": 1}
-    return EvaluationRequest(environment="hidden_buttons", preset=preset, **(settings | changes))
-
-
-class ScriptedEngine:
-    """Presses the button that the shown hint names else button 1; notes every fact it has seen."""
-
-    def __init__(
-        self, model: Any, config: EngineConfig, *, max_context_tokens: int, version: Version, run_dir: Path
-    ):
-        self.counters = EngineCounters()
-        self.version = version
-        self.max_context_tokens = max_context_tokens
-        self.is_closed = False
-        self.prompts: list[str] = []
-        self.renderer = load_renderer(run_dir)
-
-    async def generate(
-        self, token_ids: Sequence[int], params: SamplingParams, *, session: str | None = None
-    ) -> Completion:
-        prompt = self.renderer.tokenizer.decode(token_ids)
-        self.prompts.append(prompt)
-        answer = self.write(prompt) if "Write" in prompt else self.press(prompt)
-        ids = [*self.renderer.tokenizer.encode(answer), self.renderer.end_of_turn_id]
-        return Completion(
-            token_ids=ids,
-            logprobs=[-0.5] * len(ids),
-            versions=(VersionSpan(self.version, len(ids)),),
-            finish="stop",
-        )
-
-    @staticmethod
-    def press(prompt: str) -> str:
-        goal = prompt.split("goal ")[1].split()[0]
-        facts = dict(word.split("=")[::-1] for word in prompt.split("goal")[0].split() if "=" in word)
-        return f"{goal} : {facts.get(goal, '1')}"
-
-    @staticmethod
-    def write(prompt: str) -> str:
-        facts = dict.fromkeys(word for word in prompt.split() if "=" in word)
-        return f"[ {' '.join(facts) or 'null'} ]"
-
-    async def close_session(self, session: str) -> None:
-        return None
-
-    async def aclose(self) -> None:
-        self.is_closed = True
-
-
-@pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> list[ScriptedEngine]:
-    made: list[ScriptedEngine] = []
-
-    def make(*args: Any, **kwargs: Any) -> ScriptedEngine:
-        made.append(ScriptedEngine(*args, **kwargs))
-        return made[-1]
-
-    monkeypatch.setattr("cod_async.engines.embedded.EmbeddedEngine", make, raising=False)
-    return made
-
-
-def curve(report: Any) -> list[float]:
-    return [row.mean for row in report.rows]
+ALL = ("normal", "blanked", "swapped", "truth")
 
 
 def test_a_player_that_reads_hints_shows_the_effect_and_its_controls(
-    model_dirs: dict[str, Path], scripted: list[ScriptedEngine]
+    model_dirs: dict[str, Path], scripted: list[ScriptedEngine], tmp_path: Path
 ) -> None:
-    request = ask(
-        "door", controls=("normal", "blanked", "swapped", "truth"), num_packs=24, lifecycles_per_pack=1
-    )
-    normal, blanked, swapped, truth = evaluate_request(model_dirs["door"], config_for("door"), request)
+    asked = entry(controls=ALL, num_packs=24, lifecycles_per_pack=1)
+    answer = ask(model_dirs["door"], tmp_path, asked)
+    normal, blanked, swapped, truth = answer["reports"]
     first = curve(normal)[0]
     # Button 1 is right in some worlds; after one press the note names the right one.
     assert 0 < first < 0.6
     assert curve(normal)[1:] == [1.0, 1.0, 1.0]
-    assert normal.gap == pytest.approx(1 - first)
-    assert curve(blanked) == [first] * 4 and blanked.gap == 0.0
+    assert normal["gap"] == pytest.approx(1 - first)
+    assert normal["mean"] == pytest.approx((first + 3) / 4)
+    assert curve(blanked) == [first] * 4 and blanked["gap"] == 0.0
     # Another pack's note names another button, always a wrong one.
     assert curve(swapped) == [first, 0.0, 0.0, 0.0]
     assert curve(truth) == [1.0] * 4
     for report in (normal, blanked, swapped, truth):
-        assert report.well_formed_frac == 1.0
-        assert report.steps_mean == 1.0
-        assert {row.n for row in report.rows} == {24}
+        assert report["well_formed_frac"] == 1.0
+        assert report["steps_mean"] == 1.0
+    assert {row["n"] for row in answer["rows"]} == {24}
+    assert {row["format_error_frac"] for row in answer["rows"]} == {0.0}
+    assert [row["well_formed_frac"] for row in answer["rows"][:4]] == [1.0, 1.0, 1.0, None]
     assert scripted[0].is_closed
+    assert answer["num_played"] == 4 * 24 and answer["failures"] == [] and answer["not_available"] == []
+    assert json.loads((tmp_path / "answer.json").read_text()) == answer
 
 
 def test_the_writer_keeps_its_own_history(
-    model_dirs: dict[str, Path], scripted: list[ScriptedEngine]
+    model_dirs: dict[str, Path], scripted: list[ScriptedEngine], tmp_path: Path
 ) -> None:
-    evaluate_request(model_dirs["door"], config_for("door"), ask("door", controls=("blanked",)))
+    ask(model_dirs["door"], tmp_path, entry(controls=("blanked",)))
     solves = [prompt for prompt in scripted[0].prompts if "Write" not in prompt]
     updates = [prompt for prompt in scripted[0].prompts if "Write" in prompt]
     assert all("null" in prompt.split("goal")[0] for prompt in solves)
@@ -146,101 +63,206 @@ def test_the_writer_keeps_its_own_history(
     assert sum("=" in prompt.split("Log")[0] for prompt in updates) == len(updates) * 2 // 3
 
 
-def test_swapped_alone_adds_the_normal_pass_but_reports_itself_only(
-    model_dirs: dict[str, Path], scripted: list[ScriptedEngine]
+def test_swapped_alone_plays_the_normal_lifecycles_but_reports_itself_only(
+    model_dirs: dict[str, Path], scripted: list[ScriptedEngine], tmp_path: Path
 ) -> None:
-    reports = evaluate_request(model_dirs["cross"], config_for("cross"), ask("cross", controls=("swapped",)))
-    assert [report.control for report in reports] == ["swapped"]
-    assert reports[0].num_lifecycles == 12
+    asked = entry("cross", controls=("swapped",))
+    answer = ask(model_dirs["cross"], tmp_path, asked, config=config_for("cross"))
+    assert [report["control"] for report in answer["reports"]] == ["swapped"]
+    assert answer["reports"][0]["num_lifecycles"] == 12 and answer["num_played"] == 24
 
 
-def test_splits_have_different_worlds_and_equal_seeds_equal_packs(model_dirs: dict[str, Path]) -> None:
-    config = config_for("cross")
-    worlds = {
-        split: [pack[0].pack_seed for pack in plan(ask("cross", split=split, num_packs=20), config)]
-        for split in SPLITS
-    }
-    again = [pack[0].pack_seed for pack in plan(ask("cross", num_packs=20), config)]
-    assert worlds["train"] == again
-    assert not set(worlds["train"]) & set(worlds["held_out"])
-    other = [pack[0].pack_seed for pack in plan(ask("cross", num_packs=20, seed=2), config)]
-    assert other != again
+def test_ralph_packs_repeat_one_task_and_its_notes_help_at_once(
+    model_dirs: dict[str, Path], scripted: list[ScriptedEngine], tmp_path: Path
+) -> None:
+    asked = entry("cross", strategies=("ralph_sample", "ralph_full"), num_packs=12, lifecycles_per_pack=1)
+    answer = ask(model_dirs["cross"], tmp_path, asked, config=config_for("cross"))
+    assert [report["mode"] for report in answer["reports"]] == ["ralph_sample", "ralph_full"]
+    goals = [prompt.split("goal ")[1].split()[0] for prompt in scripted[0].prompts if "Write" not in prompt]
+    assert len(set(goals)) > 1
+    for report in answer["reports"]:
+        points = curve(report)
+        # One goal, and another button at every task until the right one is found, which then is pressed at
+        # once: a lifecycle's reward never falls.
+        assert points == sorted(points) and points[0] < points[-1]
 
 
 def test_without_carry_there_are_no_updates(
-    model_dirs: dict[str, Path], scripted: list[ScriptedEngine]
+    model_dirs: dict[str, Path], scripted: list[ScriptedEngine], tmp_path: Path
 ) -> None:
-    (report,) = evaluate_request(model_dirs["door"], config_for("door", carry="none"), ask("door"))
-    assert {row.mode for row in report.rows} == {"none"}
-    assert len(set(curve(report))) == 1
+    answer = ask(model_dirs["door"], tmp_path, entry(carry="none"))
+    assert {(row["mode"], row["carry"]) for row in answer["rows"]} == {("none", "none")}
+    assert len(set(curve(answer["reports"][0]))) == 1
+    assert {row["well_formed_frac"] for row in answer["rows"]} == {None}
     assert not any("Write" in prompt for prompt in scripted[0].prompts)
 
 
-def test_progress_ends_at_the_total(model_dirs: dict[str, Path], scripted: list[ScriptedEngine]) -> None:
+def test_a_transcript_carries_the_conversation(
+    model_dirs: dict[str, Path], scripted: list[ScriptedEngine], tmp_path: Path
+) -> None:
+    answer = ask(model_dirs["door"], tmp_path, entry(carry="transcript", pack_size=2))
+    assert {(row["mode"], row["carry"]) for row in answer["rows"]} == {("cod", "transcript")}
+    later = [prompt for prompt in scripted[0].prompts if prompt.count("goal") == 2]
+    assert len(later) == 12
+
+
+def test_seeds_pool_their_packs(
+    model_dirs: dict[str, Path], scripted: list[ScriptedEngine], tmp_path: Path
+) -> None:
+    asked = entry(num_packs=5)
+    (own,) = ask(model_dirs["door"], tmp_path / "own", asked, seeds=(1, 2, 3))["reports"]
+    assert own["num_packs"] == 15 and own["num_lifecycles"] == 30
+    assert [(part["seed"], part["n"]) for part in own["by_seed"]] == [(1, 5), (2, 5), (3, 5)]
+    # The mean over seeds of equal size is the pooled one, and one seed alone gives that seed's curve.
+    means = [part["reward_by_position"][0]["mean"] for part in own["by_seed"]]
+    assert own["reward_by_position"][0]["mean"] == pytest.approx(sum(means) / 3)
+    (alone,) = ask(model_dirs["door"], tmp_path / "alone", asked, seeds=(2,))["reports"]
+    assert alone["reward_by_position"] == own["by_seed"][1]["reward_by_position"] and alone["by_seed"] == []
+    # Seeds that play the same packs add samples to the packs, not packs.
+    (same,) = ask(model_dirs["door"], tmp_path / "same", asked, seeds=(1, 2, 3), data_seed=1)["reports"]
+    assert same["num_packs"] == 5 and same["num_lifecycles"] == 30
+    (first,) = ask(model_dirs["door"], tmp_path / "first", asked, seeds=(1,))["reports"]
+    assert same["reward_by_position"] == first["reward_by_position"]  # this player draws nothing
+
+
+def test_only_what_changed_is_played_again(
+    model_dirs: dict[str, Path], scripted: list[ScriptedEngine], tmp_path: Path
+) -> None:
+    def counts(*entries: SuiteEntry, model: str = "door", **how: Any) -> tuple[int, int]:
+        answer = ask(model_dirs[model], tmp_path, *entries, **how)
+        return answer["num_played"], answer["num_kept"]
+
+    assert counts(entry()) == (12, 0)
+    assert counts(entry()) == (0, 12)
+    assert len(scripted) == 1  # nothing to play, no model opened
+    assert counts(entry(num_packs=8)) == (4, 12)
+    assert counts(entry(num_packs=8, lifecycles_per_pack=3)) == (8, 16)
+    assert counts(entry(controls=("normal", "blanked"))) == (12, 12)
+    assert counts(entry(), entry(name="more", strategies=("ralph_full",))) == (12, 12)
+    assert counts(entry(max_hint_tokens=11)) == (12, 0)
+    assert counts(entry(), seeds=(1, 2)) == (12, 12)
+    assert counts(entry("cross"), model="cross", config=config_for("cross")) == (12, 0)
+    assert counts(entry(name="another name", controls=("normal", "blanked"))) == (0, 24)
+
+
+def test_controls_that_cannot_be_played_are_listed(
+    model_dirs: dict[str, Path],
+    scripted: list[ScriptedEngine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # One hidden world for all packs, and nobody who could tell it.
+    bare = msgspec.structs.replace(SPEC, truth_hint=None, pack_seed_for=lambda options, split, seed: 0)
+    monkeypatch.setattr(registry, "get", lambda name: bare)
+    answer = ask(model_dirs["door"], tmp_path, entry(controls=ALL))
+    assert [report["control"] for report in answer["reports"]] == ["normal", "blanked"]
+    reasons = {missing["control"]: missing["reason"] for missing in answer["not_available"]}
+    assert set(reasons) == {"truth", "swapped"}
+    assert "no hint that tells" in reasons["truth"] and "all 6 packs" in reasons["swapped"]
+    assert answer["failures"] == [] and answer["num_played"] == 24
+
+
+@pytest.mark.parametrize("carry", ["none", "transcript"])
+def test_controls_without_a_hint_are_refused_by_name(carry: str) -> None:
+    _, problems = resolve(Suite(name="t", entries=(entry(carry=carry, controls=ALL),)), config_for())
+    assert [problem.split()[2] for problem in problems] == ["blanked", "swapped", "truth"]
+    assert all(f'"{carry}"' in problem for problem in problems)
+
+
+def test_progress_ends_at_the_total(
+    model_dirs: dict[str, Path], scripted: list[ScriptedEngine], tmp_path: Path
+) -> None:
     told: list[dict[str, Any]] = []
-    evaluate_request(model_dirs["door"], config_for("door"), ask("door"), told.append)
-    assert told[-1] == {"split": "train", "control": "normal", "done": 12, "total": 12}
+    ask(model_dirs["door"], tmp_path, entry(), on_progress=told.append)
+    assert (told[-1]["done"], told[-1]["total"], told[-1]["num_kept"]) == (12, 12, 0)
+    assert told[-1]["per_s"] > 0 and told[-1]["left_s"] == 0
+    ask(model_dirs["door"], tmp_path, entry(num_packs=7), on_progress=told.append)
+    assert (told[-1]["done"], told[-1]["total"], told[-1]["num_kept"]) == (14, 14, 12)
 
 
-def test_wrong_requests_are_named(model_dirs: dict[str, Path]) -> None:
-    config = config_for("door")
-    with pytest.raises(InputError, match="num_packs 0"):
-        evaluate_request(model_dirs["door"], config, ask("door", num_packs=0))
-    with pytest.raises(InputError, match="each once"):
-        evaluate_request(model_dirs["door"], config, ask("door", controls=("blanked", "blanked")))
-    with pytest.raises(EnvironmentInputError, match="no preset"):
-        evaluate_request(model_dirs["door"], config, ask("maze"))
-    with pytest.raises(InputError, match="other hidden worlds"):
-        evaluate_request(model_dirs["door"], config, ask("door", num_packs=1, controls=("swapped",)))
-
-
-def test_the_real_engine_and_separate_processes_agree(model_dirs: dict[str, Path]) -> None:
-    config = config_for("door")
-    told: list[dict[str, Any]] = []
-    jobs = [
-        EvaluationJob(
-            model_dir=str(model_dirs["door"]),
-            config=config,
-            request=ask("door", split=split, controls=("normal", "blanked"), num_packs=4),
-        )
-        for split in SPLITS
-    ]
-    here = run_jobs(jobs)
-    there = run_jobs(jobs, num_processes=2, on_progress=told.append)
-
-    def timeless(reports: list[list[Any]]) -> list[Any]:
-        return [[{**fields_of(report), "wall_s": 0.0} for report in job] for job in reports]
-
-    assert timeless(here) == timeless(there)
-    assert {values["job"] for values in told} == {0, 1}
-    single = evaluate(
-        model_dirs["door"],
-        config,
-        environment="hidden_buttons",
-        preset="door",
-        num_packs=4,
-        seed=1,
-    )
-    assert single["reward_by_position"] == [{"mean": row.mean, "sem": row.sem} for row in here[0][0].rows]
-    assert (single["mode"], single["control"]) == ("cod", "normal")
-
-
-def fields_of(report: Any) -> dict[str, Any]:
-    return {name: getattr(report, name) for name in report.__struct_fields__}
-
-
-def test_wrong_jobs_are_listed_before_anything_starts(model_dirs: dict[str, Path]) -> None:
-    requests = (ask("maze"), ask("door"), ask("door", num_packs=0))
-    jobs = [
-        EvaluationJob(model_dir=str(model_dirs["door"]), config=config_for("door"), request=request)
-        for request in requests
-    ]
-    with pytest.raises(InputError) as caught:
-        run_jobs(jobs, num_processes=2)
-    assert len(caught.value.problems) == 2
-
-
-def test_a_worker_passes_on_what_is_wrong(tmp_path: Path) -> None:
-    job = EvaluationJob(model_dir=str(tmp_path / "nowhere"), config=config_for("door"), request=ask("door"))
+def test_the_real_engine_and_separate_processes_agree(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    asked = entry(controls=("normal", "swapped"), splits=("train", "held_out"), num_packs=4)
+    here = ask(model_dirs["door"], tmp_path / "here", asked)
+    there = ask(model_dirs["door"], tmp_path / "there", asked, num_processes=2)
+    assert here["rows"] == there["rows"] and here["reports"] == there["reports"]
     with pytest.raises(InputError, match="nowhere"):
-        run_jobs([job, job], num_processes=2)
+        ask(tmp_path / "nowhere", tmp_path / "out", asked)
+
+
+def test_a_worker_passes_on_what_is_wrong(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model_dirs["door"].iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(InputError, match="config"):
+        ask(broken, tmp_path / "out", entry(), num_processes=2)
+
+
+def test_a_folder_is_used_by_one_evaluation_at_a_time(
+    model_dirs: dict[str, Path], scripted: list[ScriptedEngine], tmp_path: Path
+) -> None:
+    lock = FolderLock(tmp_path)
+    with pytest.raises(InputError, match="another evaluation is at work"):
+        ask(model_dirs["door"], tmp_path, entry())
+    lock.release()
+    assert ask(model_dirs["door"], tmp_path, entry())["num_played"] == 12
+
+
+class Flaky(HiddenButtons):
+    """Fails as infrastructure: where button 1 is right always, elsewhere once in every pack."""
+
+    failed: ClassVar[set[int]] = set()
+
+    def reset(self, task: TaskSpec) -> str:
+        self._task = task
+        return super().reset(task)
+
+    async def step(self, response: str) -> StepResult:
+        is_first = self._task.position == 2 and self._task.pack_seed not in Flaky.failed
+        if is_first or self.hidden()["mapping"][0] == "In":
+            Flaky.failed.add(self._task.pack_seed)
+            raise RuntimeError("the simulator is gone")
+        return await super().step(response)
+
+
+def test_what_fails_as_infrastructure_is_played_again_and_never_scored(
+    model_dirs: dict[str, Path],
+    scripted: list[ScriptedEngine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = entry(num_packs=12, lifecycles_per_pack=1)
+    (right,) = ask(model_dirs["door"], tmp_path / "sound", asked)["reports"]
+    Flaky.failed.clear()
+    monkeypatch.setattr(registry, "get", lambda name: msgspec.structs.replace(SPEC, make=Flaky))
+    answer = ask(model_dirs["door"], tmp_path / "flaky", asked)
+    (report,) = answer["reports"]
+    # The player presses button 1 first, so the worlds that fail are those where it was right at once.
+    num_lost = round(12 * right["reward_by_position"][0]["mean"])
+    assert 0 < num_lost < 12 and len(answer["failures"]) == num_lost
+    assert "the simulator is gone" in answer["failures"][0]
+    assert (report["num_missing"], report["num_packs"]) == (num_lost, 12 - num_lost)
+    assert curve(report) == [0.0, 1.0, 1.0, 1.0]
+    lines = next((tmp_path / "flaky" / "results").iterdir()).read_text().splitlines()
+    kept = [json.loads(line.split(" ", 1)[1]) for line in lines]
+    assert [result["num_retries"] for result in kept] == [1] * (12 - num_lost)
+    # Failures are not kept: the same command tries them again, and only them.
+    monkeypatch.setattr(registry, "get", lambda name: SPEC)
+    again = ask(model_dirs["door"], tmp_path / "flaky", asked)
+    assert again["num_played"] == num_lost and again["failures"] == []
+    assert again["reports"][0]["reward_by_position"] == right["reward_by_position"]
+
+
+def test_an_environment_that_always_fails_ends_the_evaluation(
+    model_dirs: dict[str, Path],
+    scripted: list[ScriptedEngine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Flaky, "step", lambda self, response: 1 / 0)
+    monkeypatch.setattr(registry, "get", lambda name: msgspec.structs.replace(SPEC, make=Flaky))
+    with pytest.raises(WorkError, match="no lifecycle could be played"):
+        ask(model_dirs["door"], tmp_path / "few", entry(num_packs=2))
+    with pytest.raises(WorkError, match="more than 20 lifecycles"):
+        ask(model_dirs["door"], tmp_path / "many", entry(num_packs=40))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cod_async.observe.metrics import (
@@ -63,6 +63,7 @@ def test_a_replaced_file_is_read_from_its_start(tmp_path: Path) -> None:
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_any_cut_of_the_bytes_gives_the_same_records(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
