@@ -121,7 +121,7 @@ class Curve:
         environment, preset, policy: what was played.
         is_success: raw successes instead of penalized rewards.
         num_packs: tasks behind each mean.
-        means, sems: by position.
+        means, standard_errors: by position.
     """
 
     environment: str
@@ -130,7 +130,7 @@ class Curve:
     is_success: bool
     num_packs: int
     means: tuple[float, ...]
-    sems: tuple[float, ...]
+    standard_errors: tuple[float, ...]
 
     def between(self, first: int, last: int | None) -> tuple[float, float]:
         """Return the mean over some positions and its standard error.
@@ -139,7 +139,7 @@ class Curve:
         """
         chosen = slice(first, None if last is None else last + 1)
         means = self.means[chosen]
-        return sum(means) / len(means), max(self.sems[chosen])
+        return sum(means) / len(means), max(self.standard_errors[chosen])
 
 
 def packs_needed(pilot_sem: float, num_pilot: int, goal: float = GOAL_SEM) -> int:
@@ -173,8 +173,10 @@ def curve(environment: str, preset: str, policy: str, is_success: bool = False) 
     if key not in SLOW_PACKS:
         num_packs = packs_needed(max(position["sem"] for position in positions), num_packs)
         positions = played(num_packs)
-    means, sems = (tuple(round(position[name], 5) for position in positions) for name in ("mean", "sem"))
-    return Curve(environment, preset, policy, is_success, num_packs, means, sems)
+    means, standard_errors = (
+        tuple(round(position[name], 5) for position in positions) for name in ("mean", "sem")
+    )
+    return Curve(environment, preset, policy, is_success, num_packs, means, standard_errors)
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def markdown(curves: Sequence[Curve], comparisons: Sequence[Comparison], command
     """Return the page."""
     curve_rows = [
         f"| {one.environment} | {one.preset} | `{one.policy}` | {' '.join(map(_number, one.means))} | "
-        f"{_number(max(one.sems))} | {one.num_packs:,} |"
+        f"{_number(max(one.standard_errors))} | {one.num_packs:,} |"
         for one in curves
         if not one.is_success
     ]

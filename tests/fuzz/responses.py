@@ -182,19 +182,23 @@ def write_failure(folder: Path, failure: Failure) -> Path:
 
 _INTRODUCTION = """# Hostile responses
 
-Written by `{command}` (Python {python}, seed {seed}): {num_bad:,} responses that no policy means, and
-{num_valid:,} valid ones between them, to every environment and preset and to the parsers alone. Checked
-after each: no exception, a finite reward within the documented range, valid and bounded texts; after each
-task also feedback, an unchanged hidden world, and a snapshot that restores to itself (the lifecycle goes on
-with the restored copy); every {clean} lifecycles an undisturbed one of the oracle must earn what it earned
-at first. A call of more than {slow_s:g} s of CPU time is a problem as well, and so is a process that grows
-by more than {growth_mib} MiB after its first tenth.
+Written by (Python {python}, seed {seed}):
+
+    {command}
+
+{num_bad:,} responses that no policy means, and {num_valid:,} valid ones between them, to every
+environment and preset and to the parsers alone. Checked after each: no exception, a finite reward within
+the documented range, valid and bounded texts; after each task also feedback, an unchanged hidden world,
+and a snapshot that restores to itself (the lifecycle goes on with the restored copy); every {clean}
+lifecycles an undisturbed one of the oracle must earn what it earned at first. A call of more than
+{slow_s:g} s of CPU time is a problem as well, and so is a process that grows by more than {growth_mib}
+MiB after its first tenth.
 
 Mutated: an answer of a scripted policy, changed one to three times (`tests/fuzz/mutations.py`). Hostile:
-well formed and meant for what lies behind the parser (`tests/fuzz/answers.py`). CPU milliseconds per call;
-the largest one has page faults, cold caches and the noise of a busy machine in it, and in `pde_discovery`
-the solution of a trajectory when it is sampled first. A parser's call is several calls of it, with checks.
-Observation: characters of the longest one. Snapshot: bytes of the largest one. Problems:
+well formed and meant for what lies behind the parser (`tests/fuzz/answers.py`). CPU milliseconds per
+call; the largest one has page faults, cold caches and the noise of a busy machine in it, and in
+`pde_discovery` the solution of a trajectory when it is sampled first. A parser's call is several calls of
+it, with checks. Observation: characters of the longest one. Snapshot: bytes of the largest one. Problems:
 **{num_problems}**.
 
 | target | mutated | hostile | valid | median ms | p99 ms | max ms | observation | snapshot | grew MiB |

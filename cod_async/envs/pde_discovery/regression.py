@@ -233,10 +233,11 @@ def _fits(
     """
     fitter = _Fitter(columns, y)
     final: dict[Support, list[float]] = {}
-    for support, fit in fitter.fit_all(supports):
-        while min(map(abs, fit), default=math.inf) < threshold:  # each turn drops a term
+    for support, fit, has_small in fitter.fit_all(supports, threshold):
+        while has_small:  # each turn drops a term
             support = tuple(k for k, value in zip(support, fit, strict=True) if abs(value) >= threshold)
             fit = fitter.fit(support)
+            has_small = min(map(abs, fit), default=math.inf) < threshold
         final[support] = fit
     return final
 
@@ -250,22 +251,30 @@ class _Fitter:
         self._right = columns.T @ y
         self._known: dict[Support, list[float]] = {(): []}
 
-    def fit_all(self, supports: Iterable[Support]) -> list[tuple[Support, list[float]]]:
-        """Fit many supports, those of equal size in one call; small ones come first."""
+    def fit_all(
+        self, supports: Iterable[Support], threshold: float
+    ) -> list[tuple[Support, list[float], bool]]:
+        """Fit many supports, those of equal size in one call; small ones come first.
+
+        Returns:
+            (support, its fit, whether a coefficient is smaller than ``threshold``) of each.
+        """
         by_size: dict[int, list[Support]] = {}
         for support in supports:
             by_size.setdefault(len(support), []).append(support)
-        for size, group in by_size.items():
-            if size == 0:
-                continue
+        found: list[tuple[Support, list[float], bool]] = [((), [], False) for _ in by_size.pop(0, [])]
+        for _, group in sorted(by_size.items()):
             index = np.array(group, dtype=np.intp)
             grams = self._gram[index[:, :, None], index[:, None, :]]
             try:
-                fits = np.linalg.solve(grams, self._right[index][:, :, None])[:, :, 0].tolist()
+                solved = np.linalg.solve(grams, self._right[index][:, :, None])[:, :, 0]
             except np.linalg.LinAlgError:  # at least one is singular
-                fits = [self._solve(support) for support in group]
+                solved = np.array([self._solve(support) for support in group])
+            fits = solved.tolist()
             self._known.update(zip(group, fits, strict=True))
-        return [(support, self._known[support]) for size in sorted(by_size) for support in by_size[size]]
+            has_small = (np.abs(solved) < threshold).any(axis=1).tolist()
+            found += zip(group, fits, has_small, strict=True)
+        return found
 
     def fit(self, support: Support) -> list[float]:
         """Return the coefficients of one support."""

@@ -125,7 +125,7 @@ def test_packs_for_a_standard_error() -> None:
 def test_a_curve_is_as_precise_as_promised() -> None:
     found = curve("hidden_buttons", "door", "oracle")
     assert MIN_PACKS <= found.num_packs <= MAX_PACKS and len(found.means) == 4
-    assert max(found.sems) <= 0.011  # the pilot's spread is an estimate
+    assert max(found.standard_errors) <= 0.011  # the pilot's spread is an estimate
     assert found.means[3] == pytest.approx(0.9)  # certain by then, less the penalty of one step of one
 
 

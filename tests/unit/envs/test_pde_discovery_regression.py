@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 
 from cod_async.envs.pde_discovery.basis import TERMS, Array, Equation, evaluate, features, vector
-from cod_async.envs.pde_discovery.equation import has_symbols, is_equal, parse, read_support, render
+from cod_async.envs.pde_discovery.equation import (
+    as_written,
+    has_symbols,
+    is_equal,
+    parse,
+    read_support,
+    render,
+)
 from cod_async.envs.pde_discovery.regression import (
+    RIDGE,
     Candidate,
     alternative,
     condition_number,
@@ -279,3 +287,49 @@ def test_vector_is_in_dictionary_order() -> None:
         expected = np.zeros(15)
         expected[k] = value
         assert np.array_equal(vector({term: value}), expected)
+
+
+def plainly_ranked(u: Array, y: Array, supports: list[tuple[int, ...]]) -> list[Candidate]:
+    """Threshold 0, one support after the other: fit, print, score, sort, and keep the first of equal ones."""
+    columns = features(u)
+    gram, right = columns.T @ columns + RIDGE * np.eye(len(TERMS)), columns.T @ y
+    found = []
+    for support in sorted(supports, key=len):
+        fit = np.linalg.solve(gram[np.ix_(support, support)], right[list(support)])
+        equation = as_written(
+            {TERMS[k]: round(value, 3) for k, value in zip(support, fit.tolist(), strict=True)}
+        )
+        found.append(Candidate(equation, float(np.max(np.abs(y - evaluate(equation, u))))))
+    ranked: dict[tuple[tuple[str, float], ...], Candidate] = {}
+    for candidate in sorted(found, key=lambda one: one.max_error):
+        ranked.setdefault(tuple(candidate.equation.items()), candidate)
+    return list(ranked.values())
+
+
+@pytest.mark.parametrize(("num_points", "scale"), [(48, 2.7), (6, 2.7), (2, 0.4), (30, 0.02)])
+def test_ranking_is_that_of_one_support_at_a_time(num_points: int, scale: float) -> None:
+    generator = np.random.default_rng(num_points)
+    u = generator.uniform(0.01, scale, num_points)
+    y = 1.3 * u - 0.4 * u**3 + generator.normal(0.0, 5e-4, num_points)
+    supports = supports_of_dictionary(range(len(TERMS)), 2)
+    ranking = regress(u, y, supports, 0.0).candidates
+    plain = plainly_ranked(u, y, supports)
+    assert len(ranking) == len(plain) <= len(supports)
+    # Sums in another order change the last digits of an error, so nearly equal ones may change places.
+    got = {tuple(one.equation.items()): one.max_error for one in ranking}
+    expected = {tuple(one.equation.items()): one.max_error for one in plain}
+    assert got.keys() == expected.keys()
+    assert all(got[key] == pytest.approx(expected[key], rel=1e-9, abs=1e-12) for key in got)
+    errors = [one.max_error for one in ranking]
+    assert (
+        errors == sorted(errors) and list(ranking)[3:7] == ranking[3:7] and ranking[-1] == list(ranking)[-1]
+    )
+
+
+def test_equations_that_rounding_makes_equal_are_ranked_once() -> None:
+    u = np.linspace(0.1, 2.0, 12)
+    ranking = regress(u, 0.5 * u, [(0,), (0, 2), (0, 3), (2,)], 0.0).candidates  # u, u and u**3, ...
+    shown = [render(one.equation) for one in ranking]
+    assert shown[0] == "f(u) = 0.5*u" and shown.count("f(u) = 0.5*u") == 1 and len(shown) == 2
+    with pytest.raises(IndexError):
+        ranking[2]
