@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint types format faults faults-short soak bench clean
+.PHONY: help setup quickstart test lint types format faults faults-short fuzz soak bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,11 +60,14 @@ faults: $(STAMP) ## kill -9 everything, FAULT_ROUNDS times each, and check that 
 faults-short: $(STAMP) ## the same, five times each, and without a report
 	$(BIN)/python -m tests.faults.drill --role all --kills 5
 
+fuzz: $(STAMP) ## a million hostile responses to every environment and parser
+	$(BIN)/python -m tests.fuzz.responses --count 1000000 --json docs/reports/response_fuzz.json
+
 soak: $(STAMP) ## kill random processes of run after run for SOAK_S seconds
 	$(BIN)/python -m tests.faults.drill --role mixed --soak $(SOAK_S)
 
 bench: $(STAMP) ## measure speed side by side and print ratios
-	@for script in bench/*/*.py; do case $$script in *__init__.py|bench/kernels/[!_]*.py) ;; *) \
+	@for script in bench/*/*.py; do case $$script in *__init__.py|bench/kernels/[!_]*.py|bench/envs/[!_]*.py) ;; *) \
 	  echo "== $$script"; name=$${script%.py}; $(BIN)/python -m $${name//\//.} || exit 1;; esac; done
 
 clean: ## remove .venv and caches, keep runs
