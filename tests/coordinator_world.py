@@ -234,7 +234,7 @@ class World:
         return Session(session, row.role, row.name, 0.0)
 
     def open(self, client: Actor | Learner, role: str, name: str, instance: int = 0) -> int:
-        hello = Hello(role=role, name=name, protocol=1, pid=1, host="h", instance=instance)  # type: ignore[arg-type]
+        hello = Hello(role=role, name=name, protocol=2, pid=1, host="h", instance=instance)  # type: ignore[arg-type]
         session = self.brain.allocate(hello)
         self.clients[session] = client
         self.apply(Opened(self.session(session), False))

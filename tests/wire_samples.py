@@ -12,11 +12,14 @@ from cod_async.lifecycle.segment import (
     LifecycleState,
     PendingUpdate,
     Row,
+    RowParent,
     Segment,
     SegmentKey,
+    Transcript,
     Version,
     VersionSpan,
 )
+from cod_async.lifecycle.transcript import mark_after
 from cod_async.weights.manifest import Manifest, Shard
 from cod_async.wire import messages as m
 
@@ -69,6 +72,17 @@ def make_segment(
     return replace(segment, **changes)
 
 
+def make_delta(**changes: Any) -> Segment:
+    """A segment of a transcript: its row goes on from 20 tokens, its state says so."""
+    row = replace(make_row(), parent=RowParent(20, "a" * 64))
+    segment = make_segment(rows=(row,))
+    transcript = Transcript(
+        mark=mark_after(row), system_digest="b" * 16, is_stopped=False, outcome="It rained."
+    )
+    return replace(segment, state_after=replace(segment.state_after, transcript=transcript), **changes)
+
+
+DELTA = make_delta()
 MANIFEST = Manifest(
     RUN, Version(0, 4), "ab" * 32, (Shard("weights/L0-S4/model.safetensors", "cd" * 32, 1234),)
 )
@@ -81,12 +95,15 @@ LEASE = m.Lease(
     pack_seed=(1 << 64) - 1,
     sampling_seed=5,
     min_version=Version(0, 3),
-    state=make_segment().state_after,
+    state=replace(
+        make_segment().state_after,
+        transcript=Transcript(mark=RowParent(3, "c" * 64), token_ids=Array.of([5, 6, 7], "<i4")),
+    ),
 )
 
 TO_COORDINATOR: dict[str, m.ToCoordinator] = {
     "hello": m.Hello(
-        role="actor", name="actor-0", protocol=1, pid=77, host="node-1", session=4, instance=9, last_seq=12,
+        role="actor", name="actor-0", protocol=2, pid=77, host="node-1", session=4, instance=9, last_seq=12,
         unacked=[11, 12], settled_bytes=160000,
     ),
     "heartbeat": m.Heartbeat(
@@ -124,7 +141,11 @@ TO_CLIENT: dict[str, m.ToClient] = {
             m.TrainItem(
                 key=make_segment().key, kind="solve", position=0, rows=(make_row(),), advantage=-0.5,
                 lag_steps=2.0
-            )
+            ),
+            m.TrainItem(
+                key=DELTA.key, kind="solve", position=0, rows=DELTA.rows, advantage=0.0, lag_steps=0.0,
+                is_context=True
+            ),
         ],
     ),
     "lineage_opened": m.LineageOpened(nonce="n-1", lineage=1, step=20, num_rolled_back=7),

@@ -22,7 +22,7 @@ from cod_async.lifecycle.segment import (
 )
 from cod_async.weights.manifest import Manifest
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]

@@ -17,7 +17,7 @@ from cod_async.bootstrap.run import run_bootstrap
 from cod_async.launch.run_folder import child_environment, cod_command
 
 TIMEOUT_S = 200.0
-NUM_LIFECYCLES = 2 * 30 * 2 * 3
+NUM_LIFECYCLES = 2 * 100 * 2 * 3
 """Splits, packs, lifecycles per pack, controls."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
@@ -38,7 +38,7 @@ def start(model_dir: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
         "[lifecycle]\nmax_response_tokens = 6\nmax_hint_tokens = 12\n"
         "[engine]\nmax_running = 8\nis_batch_invariant = true\n"
     )
-    arguments = ["eval", str(model_dir), "--config", str(config), "--packs", "30", "--lifecycles", "2"]
+    arguments = ["eval", str(model_dir), "--config", str(config), "--packs", "100", "--lifecycles", "2"]
     arguments += ["--control", "normal", "--control", "blanked", "--control", "swapped", "--no-plots"]
     return subprocess.Popen(
         cod_command(*arguments, "--out", str(folder), "--json", *more),

@@ -243,7 +243,7 @@ def test_a_fatal_refusal_reaches_everyone(
     request = link.request_future(m.LeaseRequest(request=1, num_lifecycles=1))
     settlement = link.settlement(link.send_segment(make_segment()))
     if place == "wire.client_session":
-        link._session._hello = replace(link._session._hello, protocol=2)
+        link._session._hello = replace(link._session._hello, protocol=3)
     else:
         newer = [b"", b""]
 
@@ -252,14 +252,14 @@ def test_a_fatal_refusal_reaches_everyone(
             if parts is None:
                 return None
             envelope = msgspec.msgpack.decode(parts[0])
-            newer[:] = [msgspec.msgpack.encode(envelope | {"protocol": 2}), parts[1]]
+            newer[:] = [msgspec.msgpack.encode(envelope | {"protocol": 3}), parts[1]]
             return newer
 
         original = ZmqClientPipe.recv
         monkeypatch.setattr(ZmqClientPipe, "recv", receive)
     link.start()
     for future in (request, settlement):
-        with pytest.raises(ProtocolRefusedError, match=r"protocol 2.* speaks 1"):
+        with pytest.raises(ProtocolRefusedError, match=r"protocol 3.* speaks 2"):
             future.result(20)
     with pytest.raises(ProtocolRefusedError):
         link.send_segment(make_segment())
@@ -345,7 +345,7 @@ def test_a_restarted_actor_replaces_its_predecessor(zmq_coordinator: Coordinator
         link = client_of(zmq_coordinator)
         link.start()
         assert link.wait_connected(20)
-        assert [e.reason for e in zmq_coordinator.events if isinstance(e, Closed)] == ["replaced"]
+        wait_for(lambda: [e.reason for e in zmq_coordinator.events if isinstance(e, Closed)] == ["replaced"])
         old.send(m.Heartbeat(), session=1)
         assert old.receive(m.Refused).code == "session_expired"
         link.close()
@@ -371,7 +371,7 @@ class Peer:
         self.socket.send_multipart(encode(message, run=RUN, session=session))
 
     def hello(self, name: str = "actor-0", instance: int = 5) -> m.Welcome:
-        self.send(m.Hello(role="actor", name=name, protocol=1, pid=1, host="h", instance=instance), session=0)
+        self.send(m.Hello(role="actor", name=name, protocol=2, pid=1, host="h", instance=instance), session=0)
         return self.receive(m.Welcome)
 
     def receive(self, kind: type[T]) -> T:
@@ -425,7 +425,7 @@ def test_a_frame_far_beyond_the_limit_never_arrives(zmq_coordinator: Coordinator
         while not peer.socket.poll(
             200
         ):  # the connection is cut with all that was queued on it, and comes back
-            hello = m.Hello(role="actor", name="actor-0", protocol=1, pid=1, host="h", instance=5)
+            hello = m.Hello(role="actor", name="actor-0", protocol=2, pid=1, host="h", instance=5)
             peer.send(hello, session=0)
         peer.receive(m.Welcome)
     assert not zmq_coordinator.link.rejected

@@ -78,6 +78,7 @@ def test_a_round_has_at_least_one_pack_and_the_summary_is_of_all_rounds() -> Non
 def test_what_misses_its_goal_is_red(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
     times = Times(registry.get("hidden_buttons"), "door", "random")

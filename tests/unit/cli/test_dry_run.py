@@ -42,7 +42,10 @@ def config_file(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-def test_the_step_is_divided_over_the_mixture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_step_is_divided_over_the_mixture(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table breaks its headings
     path = config_file(
         tmp_path,
         '[[environments]]\nname = "optimal_control"\npreset = "hard"\nweight = 3.0\n'

@@ -97,7 +97,7 @@ def test_acknowledgements_wait_for_the_flush_and_a_failed_one_ends_the_process(t
 
 
 def hello() -> Hello:
-    return Hello(role="actor", name="actor-0", protocol=1, pid=1, host="h", instance=1)
+    return Hello(role="actor", name="actor-0", protocol=2, pid=1, host="h", instance=1)
 
 
 def disk_is_full() -> None:

@@ -36,7 +36,7 @@ class Server:
         return self.epoch
 
     def hello(self, route: bytes = b"r", now: float = 0.0, **changes: object) -> Outcome:
-        fields = {"role": "actor", "name": "a", "protocol": 1, "pid": 1, "host": "h", "instance": 1} | changes
+        fields = {"role": "actor", "name": "a", "protocol": 2, "pid": 1, "host": "h", "instance": 1} | changes
         hello = Hello(**fields)  # type: ignore[arg-type]
         return self.sessions.receive(route, envelope(hello.session), hello, 50, now)
 
@@ -215,7 +215,7 @@ def test_a_new_connection_ends_what_the_old_one_may_say() -> None:
 
 def test_hellos_that_make_no_sense() -> None:
     server = Server(known=[KnownSession(7, "actor", "a")])
-    assert code(server.hello(protocol=2)) == "protocol"
+    assert code(server.hello(protocol=3)) == "protocol"
     for changes in (
         {"unacked": [0], "last_seq": 5},
         {"unacked": [6], "last_seq": 5},
