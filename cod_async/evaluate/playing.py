@@ -17,9 +17,9 @@ import msgspec
 
 from cod_async.config.schema import Config, EngineConfig
 from cod_async.envs.base import Playable
-from cod_async.envs.worker import WorkerPool
+from cod_async.envs.worker import WorkerPool, make_environment
 from cod_async.errors import InfrastructureError, InputError, WorkError
-from cod_async.evaluate.environments import open_environment, truth_of, world_of
+from cod_async.evaluate.environments import truth_of, world_of
 from cod_async.evaluate.results import LifecycleResult
 from cod_async.evaluate.suite import Control
 from cod_async.lifecycle.packs import PackPlan
@@ -114,7 +114,7 @@ async def play_unit(
     while True:
         has_progressed = is_resumable = False
         try:
-            environment = await open_environment(tasks[0], config.environments, workers)
+            environment = await make_environment(tasks[0], config.environments, workers)
             is_resumable = environment.is_resumable
             if state is None or not is_resumable:
                 state, record = initial_state(environment), _Record()

@@ -21,7 +21,6 @@ from cod_async.config.validate import find_problems
 from cod_async.envs import registry
 from cod_async.envs.base import EnvironmentSpec
 from cod_async.errors import EnvironmentInputError, InputError
-from cod_async.evaluate.environments import make_here
 from cod_async.lifecycle.packs import Split
 
 Control = Literal["normal", "blanked", "swapped", "truth"]
@@ -268,7 +267,7 @@ def _resolve_entry(entry: SuiteEntry, base: Config) -> tuple[list[Setting], list
             problems.append(f"{field}: {list(values)}; name at least one, each once")
     try:
         spec = registry.get(entry.environment)
-        make_here(spec, spec.options(entry.preset, entry.options))
+        spec.make(spec.options(entry.preset, entry.options))
     except EnvironmentInputError as error:
         problems += carry_problems(entry.carry or base.lifecycle.carry, entry.controls)
         return [], problems + list(error.problems)

@@ -145,7 +145,7 @@ class Episode:
 
 
 def transcript_after(
-    player: Player, state: LifecycleState, row: RowBuilder | None, system: str, outcome: str
+    player: Player, state: LifecycleState, row: Row | None, system: str, outcome: str
 ) -> Transcript | None:
     """Return the conversation's mark after an episode, None with another carry."""
     if player.config.carry != "transcript":
@@ -153,7 +153,9 @@ def transcript_after(
     before = state.transcript or Transcript(mark=NO_PARENT)
     mark, is_stopped = before.mark, before.is_stopped
     if row is not None:
-        mark = mark_after(row.seal())
-        is_stopped = row.token_ids[row.spans[-1][1] - 1] == player.renderer.end_of_turn_id
+        mark = mark_after(row)
+        is_stopped = (
+            int(row.token_ids.numpy()[-1]) == player.renderer.end_of_turn_id
+        )  # rows end with an action
     digest = system_digest(system) if before.mark.num_tokens == 0 else before.system_digest
     return Transcript(mark=mark, system_digest=digest, is_stopped=is_stopped, outcome=outcome)

@@ -152,9 +152,8 @@ async def play(
         shown_hint=shown_hint,
     )
     session = _session(spec, state.next_ordinal)
-    is_kept = (
-        config.carry == "transcript"
-    )  # its episodes extend each other: the engine keeps what it computed
+    # Episodes of a transcript extend each other: the engine keeps what it computed.
+    is_kept = config.carry == "transcript"
     try:
         while state.next_ordinal < num_episodes(len(spec.tasks)):
             if before_episode is not None:

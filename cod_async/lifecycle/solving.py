@@ -11,7 +11,7 @@ from cod_async.envs.base import StepResult, environment_errors
 from cod_async.errors import InfrastructureError, InputError
 from cod_async.lifecycle.episodes import Episode, Player, RowBuilder, transcript_after
 from cod_async.lifecycle.rewards import penalized_reward
-from cod_async.lifecycle.segment import Finish, LifecycleState, PendingUpdate, num_episodes
+from cod_async.lifecycle.segment import Finish, LifecycleState, PendingUpdate, Row, num_episodes
 from cod_async.lifecycle.transcript import NO_PARENT, system_digest, token_ids_of
 
 
@@ -114,8 +114,11 @@ async def solve(player: Player, state: LifecycleState, ordinal: int, session: st
         "is_context_overflow": result.finish == "context_overflow",
         "is_hint_dropped": is_hint_dropped,
     }
-    state_after = await _after_solve(player, state, ordinal, (system, messages), row, reward, result.finish)
-    return Episode(row.seal(), reward, result.raw_reward, result.finish, state_after, metrics)
+    sealed = row.seal()
+    state_after = await _after_solve(
+        player, state, ordinal, (system, messages), sealed, reward, result.finish
+    )
+    return Episode(sealed, reward, result.raw_reward, result.finish, state_after, metrics)
 
 
 async def _after_solve(
@@ -123,7 +126,7 @@ async def _after_solve(
     state: LifecycleState,
     ordinal: int,
     told: tuple[str, list[tuple[str, str]]],
-    row: RowBuilder | None,
+    row: Row | None,
     reward: float,
     finish: Finish,
 ) -> LifecycleState:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from cod_async.errors import InputError
 from cod_async.lifecycle.arrays import Array
-from cod_async.lifecycle.segment import LifecycleState, Row, RowParent, Segment, Transcript
+from cod_async.lifecycle.segment import LifecycleState, Row, RowParent, Segment
 
 NO_PARENT = RowParent(num_tokens=0, digest="")
 """What the first delta of a lifecycle extends: nothing."""
@@ -51,19 +53,29 @@ def token_ids_of(state: LifecycleState) -> list[int]:
     """Return the conversation so far.
 
     Raises:
+        InputError: as for :func:`conversation_of`.
+    """
+    ids: list[int] = conversation_of(state).numpy().tolist()
+    return ids
+
+
+def conversation_of(state: LifecycleState) -> Array:
+    """Return the conversation so far, int32; empty before the first delta.
+
+    Raises:
         InputError: the state names a conversation but does not hold it; it came from a segment and has to be
             completed by :func:`continued` or :func:`assembled`.
     """
     transcript = state.transcript
     if transcript is None or transcript.mark.num_tokens == 0:
-        return []
+        return Array.of((), "<i4")
     ids = transcript.token_ids
     if ids is None or ids.length != transcript.mark.num_tokens:
         raise InputError(
             f"the state names a conversation of {transcript.mark.num_tokens} tokens and holds "
             f"{0 if ids is None else ids.length}; it cannot be continued"
         )
-    return [int(token) for token in ids.numpy()]
+    return ids
 
 
 def continued(before: LifecycleState, segment: Segment) -> LifecycleState:
@@ -71,10 +83,7 @@ def continued(before: LifecycleState, segment: Segment) -> LifecycleState:
     after = segment.state_after
     if after.transcript is None:
         return after
-    ids = token_ids_of(before)
-    for row in segment.rows:
-        ids += [int(token) for token in row.token_ids.numpy()]
-    return with_tokens(after, ids)
+    return _with_tokens(after, [conversation_of(before), *(row.token_ids for row in segment.rows)])
 
 
 def assembled(state: LifecycleState, segments: Sequence[Segment]) -> LifecycleState:
@@ -85,38 +94,25 @@ def assembled(state: LifecycleState, segments: Sequence[Segment]) -> LifecycleSt
     """
     if state.transcript is None:
         return state
-    ids: list[int] = []
+    deltas: list[Array] = []
     mark = NO_PARENT
     for segment in segments:
         for row in segment.rows:
             if row.parent != mark:
                 raise InputError(f"segment {segment.key} does not follow the segment before it")
             mark = mark_after(row)
-            ids += [int(token) for token in row.token_ids.numpy()]
+            deltas.append(row.token_ids)
     if mark != state.transcript.mark:
         raise InputError(f"{len(segments)} segments do not add up to the conversation of the state")
-    return with_tokens(state, ids)
+    return _with_tokens(state, deltas)
 
 
-def with_tokens(state: LifecycleState, ids: Sequence[int]) -> LifecycleState:
-    """Return ``state`` with the ids of its conversation filled in."""
-    transcript = state.transcript
-    assert transcript is not None  # noqa: S101  (callers check)
-    filled = Transcript(
-        mark=transcript.mark,
-        system_digest=transcript.system_digest,
-        is_stopped=transcript.is_stopped,
-        outcome=transcript.outcome,
-        token_ids=Array.of(ids, "<i4"),
-    )
-    return LifecycleState(
-        next_ordinal=state.next_ordinal,
-        hint=state.hint,
-        task_rewards=state.task_rewards,
-        pending=state.pending,
-        environment_state=state.environment_state,
-        transcript=filled,
-    )
+def _with_tokens(state: LifecycleState, parts: Sequence[Array]) -> LifecycleState:
+    """Return ``state`` with its conversation filled in: the parts end to end, as bytes."""
+    assert state.transcript is not None  # noqa: S101  (callers check)
+    length = sum(part.length for part in parts)
+    ids = Array(dtype="<i4", length=length, data=b"".join(part.data for part in parts))
+    return replace(state, transcript=replace(state.transcript, token_ids=ids))
 
 
 def system_digest(system: str) -> str:

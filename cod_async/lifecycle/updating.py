@@ -100,10 +100,11 @@ async def _update_in_transcript(
         state_after = _after_update(state, ordinal, state.hint, transcript_after(player, state, None, "", ""))
         return Episode(None, 0.0, 0.0, "context_overflow", state_after, {"is_context_overflow": 1.0})
     hint, reward = await _write_hint(player, row, ordinal, session)
-    after = transcript_after(player, state, row, "", "")
+    sealed = row.seal()
+    after = transcript_after(player, state, sealed, "", "")
     state_after = _after_update(state, ordinal, prompts.failed if hint is None else hint, after)
     finish: Finish = "format_error" if hint is None else "success"
-    return Episode(row.seal(), reward, reward, finish, state_after, _hint_metrics(player, row, hint))
+    return Episode(sealed, reward, reward, finish, state_after, _hint_metrics(player, row, hint))
 
 
 async def _write_hint(
