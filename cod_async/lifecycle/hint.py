@@ -13,29 +13,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
 from cod_async.envs.base import PromptStyle
 from cod_async.lifecycle.parsing import extract_between
+from cod_async.lifecycle.texts import fill, prompt_text
 
 _PROMPTS = Path(__file__).parent / "prompts"
 
 
-@cache
 def _text(name: str) -> str:
-    return (_PROMPTS / f"{name}.md").read_text(encoding="utf-8").strip()
-
-
-def _fill(template: str, **values: str) -> str:
-    """Replace ``{name}`` once each, left to right; inserted values are never searched themselves."""
-    parts: list[str] = []
-    rest = template
-    for name, value in values.items():
-        before, _, rest = rest.partition("{" + name + "}")
-        parts += [before, value]
-    return "".join([*parts, rest])
+    return prompt_text(_PROMPTS, f"{name}.md")
 
 
 class HintPrompts(ABC):
@@ -152,19 +141,19 @@ class FullPrompts(HintPrompts):
         if hint:
             sections += [_text("solve_hints"), hint]
         if notice_tokens:
-            sections.append(_fill(_text("solve_length"), num_tokens=str(notice_tokens)))
+            sections.append(fill(_text("solve_length"), num_tokens=str(notice_tokens)))
         return "\n\n".join(sections)
 
     def update_messages(
         self, previous_hint: str, trajectory: str, reward: float, feedback: str, notice_tokens: int = 0
     ) -> tuple[str, str]:
         """Return the updater's instructions, and the hint, record, reward (three decimals) and feedback."""
-        system = _fill(_text("update_system"), start=self.start, end=self.end)
+        system = fill(_text("update_system"), start=self.start, end=self.end)
         if notice_tokens:
-            system += "\n\n" + _fill(_text("update_length"), num_tokens=str(notice_tokens))
+            system += "\n\n" + fill(_text("update_length"), num_tokens=str(notice_tokens))
         if not feedback.strip():
             feedback = f"The task ended with a reward of {reward:.3f}; the most that can be reached is 1.0."
-        user = _fill(
+        user = fill(
             _text("update_user"),
             previous_hint=previous_hint,
             trajectory=trajectory,
@@ -184,9 +173,9 @@ class FullPrompts(HintPrompts):
 
     def transcript_update(self, outcome: str, notice_tokens: int = 0) -> str:
         """Return the outcome, the updater's instructions and the length request as paragraphs."""
-        parts = [outcome, _fill(_text("update_system"), start=self.start, end=self.end)]
+        parts = [outcome, fill(_text("update_system"), start=self.start, end=self.end)]
         if notice_tokens:
-            parts.append(_fill(_text("update_length"), num_tokens=str(notice_tokens)))
+            parts.append(fill(_text("update_length"), num_tokens=str(notice_tokens)))
         return "\n\n".join(parts)
 
     def trajectory(self, env_system: str, messages: Sequence[tuple[str, str]]) -> str:

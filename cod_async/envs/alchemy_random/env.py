@@ -8,35 +8,27 @@ next one, whose target is another element, or one that was made before.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
 
-from cod_async.envs.alchemy_random.options import AlchemyOptions, is_int, parse_options
+from cod_async.envs.alchemy_random.options import AlchemyOptions, parse_options
 from cod_async.envs.alchemy_random.world import Pair, World, pair_of, supply, world_for_pack
 from cod_async.envs.base import Environment, StepResult, TaskSpec
+from cod_async.envs.checks import is_int
 from cod_async.errors import EnvironmentInputError
 from cod_async.lifecycle.parsing import extract_between
 from cod_async.lifecycle.segment import Finish
+from cod_async.lifecycle.texts import prompt_messages, prompt_text
 
 _PROMPTS = Path(__file__).parent / "prompts"
 MAX_ECHO_CHARS = 24
 """Characters of an unknown name that are repeated to the policy."""
-
-
-@functools.cache
-def _system_template() -> str:
-    return (_PROMPTS / "system.txt").read_text(encoding="utf-8").strip()
-
-
-@functools.cache
-def messages() -> dict[str, str]:
-    """Return the sentences of this environment by name (``prompts/messages.json``)."""
-    texts: dict[str, str] = json.loads((_PROMPTS / "messages.json").read_text(encoding="utf-8"))
-    return texts
+_system_template = functools.partial(prompt_text, _PROMPTS, "system.txt")
+messages = functools.partial(prompt_messages, _PROMPTS)
+"""Return the sentences of this environment by name (``prompts/messages.json``)."""
 
 
 def parse_attempt(response: str) -> tuple[str, str] | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import msgspec
 
-from cod_async.errors import EnvironmentInputError
+from cod_async.envs.checks import OptionCheck
 
 MAX_TIERS = 6
 """Most tiers; a plan for the highest one then has at most 2^5 - 1 = 31 rounds."""
@@ -142,11 +142,6 @@ _NUMBERS = {
 _SWITCHES = ("has_distinct_targets", "has_attempt_lists", "is_last_result_told", "parity")
 
 
-def is_int(value: Any) -> TypeGuard[int]:
-    """Return whether a JSON value is an integer (booleans are not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def parse_options(options: Mapping[str, Any]) -> AlchemyOptions:
     """Check a preset merged with overrides; missing options are those of ``easy``.
 
@@ -154,34 +149,11 @@ def parse_options(options: Mapping[str, Any]) -> AlchemyOptions:
         EnvironmentInputError: every problem at once: unknown names, wrong types, values out of range,
             contradictions.
     """
-    problems: list[str] = []
-    unknown = sorted(set(options) - set(PRESETS["easy"]))
-    if unknown:
-        known = ", ".join(sorted(PRESETS["easy"]))
-        problems.append(f"unknown option {', '.join(unknown)}; options are {known}")
-    values = {**PRESETS["easy"], **{key: options[key] for key in options if key not in unknown}}
-    for key, (low, high) in _INTEGERS.items():
-        if not is_int(values[key]) or not low <= values[key] <= high:
-            problems.append(f"{key} is {values[key]!r}; it must be an integer from {low} to {high}")
-    for key, (low, high) in _NUMBERS.items():
-        is_number = is_int(values[key]) or isinstance(values[key], float)
-        if not is_number or not low <= values[key] <= high:
-            problems.append(f"{key} is {values[key]!r}; it must be a number from {low} to {high}")
-    if values["material_mode"] not in MATERIAL_MODES:
-        problems.append(
-            f"material_mode is {values['material_mode']!r}; it must be one of {', '.join(MATERIAL_MODES)}"
-        )
-    for key in _SWITCHES:
-        if not isinstance(values[key], bool):
-            problems.append(f"{key} is {values[key]!r}; it must be true or false")
-    if not problems:
-        for low_key in (key for key in values if key.endswith("_min")):
-            high_key = low_key.removesuffix("_min") + "_max"
-            if values[low_key] > values[high_key]:
-                problems.append(
-                    f"{low_key} is {values[low_key]} but {high_key} is {values[high_key]}; "
-                    f"{low_key} must not be larger"
-                )
-    if problems:
-        raise EnvironmentInputError([f"environment alchemy_random: {problem}" for problem in problems])
-    return AlchemyOptions(**values)
+    check = OptionCheck("alchemy_random", PRESETS["easy"], options)
+    check.integers(_INTEGERS)
+    check.numbers(_NUMBERS)
+    check.choices({"material_mode": MATERIAL_MODES})
+    check.switches(_SWITCHES)
+    lows = (key for key in check.values if key.endswith("_min"))
+    check.ordered({low: low.removesuffix("_min") + "_max" for low in lows})
+    return AlchemyOptions(**check.finish())

@@ -8,13 +8,13 @@ carrying to the next one, while the maps change and are worth nothing.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cod_async.envs.base import Environment, StepResult, TaskSpec
+from cod_async.envs.checks import is_int, is_number
 from cod_async.envs.frozen_lake_obscure.mapgen import (
     MAPPINGS,
     Cell,
@@ -27,27 +27,17 @@ from cod_async.envs.frozen_lake_obscure.options import (
     MAX_SIZE,
     NUM_MAPPINGS,
     FrozenLakeOptions,
-    is_int,
-    is_probability,
     parse_options,
 )
 from cod_async.errors import EnvironmentInputError
 from cod_async.lifecycle.parsing import extract_between
 from cod_async.lifecycle.segment import Finish
+from cod_async.lifecycle.texts import prompt_messages, prompt_text
 
 _PROMPTS = Path(__file__).parent / "prompts"
 _ACTION = re.compile(r"[Dd]irection\s+0*([1-4])(?![0-9])", re.ASCII)
-
-
-@functools.cache
-def _system_template() -> str:
-    return (_PROMPTS / "system.txt").read_text(encoding="utf-8").strip()
-
-
-@functools.cache
-def _messages() -> dict[str, str]:
-    messages: dict[str, str] = json.loads((_PROMPTS / "messages.json").read_text(encoding="utf-8"))
-    return messages
+_system_template = functools.partial(prompt_text, _PROMPTS, "system.txt")
+_messages = functools.partial(prompt_messages, _PROMPTS)
 
 
 def parse_action(response: str) -> int | None:
@@ -256,7 +246,7 @@ def _check_record(record: Mapping[str, Any]) -> None:
         problems.append(f"seed is {seed!r}; it must be an integer from 0 to 2^64-1")
     if not is_int(size) or not 2 <= size <= MAX_SIZE:
         problems.append(f"size is {size!r}; it must be an integer from 2 to {MAX_SIZE}")
-    if not is_probability(p):
+    if not is_number(p, 0, 1):
         problems.append(f"p is {p!r}; it must be a number from 0 to 1")
     if index is not None and (not is_int(index) or not 0 <= index < NUM_MAPPINGS):
         problems.append(f"mapping_index is {index!r}; it must be an integer from 0 to {NUM_MAPPINGS - 1}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import msgspec
 
-from cod_async.errors import EnvironmentInputError
+from cod_async.envs.checks import OptionCheck
 
 MAX_SIZE = 32
 """Largest grid side; keeps map generation and prompts bounded."""
@@ -75,16 +75,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """The paper's training setting and its harder evaluation setting."""
 
 
-def is_int(value: Any) -> TypeGuard[int]:
-    """Return whether a JSON value is an integer (booleans are not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_probability(value: Any) -> TypeGuard[float]:
-    """Return whether a JSON value is a number in [0, 1] (booleans are not)."""
-    return (is_int(value) or isinstance(value, float)) and 0 <= value <= 1
-
-
 def parse_options(options: Mapping[str, Any]) -> FrozenLakeOptions:
     """Check a preset merged with overrides; missing options are those of ``easy``.
 
@@ -92,44 +82,26 @@ def parse_options(options: Mapping[str, Any]) -> FrozenLakeOptions:
         EnvironmentInputError: every problem at once: unknown names, wrong types, values out of range,
             contradictions.
     """
-    problems: list[str] = []
-    unknown = sorted(set(options) - set(PRESETS["easy"]))
-    if unknown:
-        known = ", ".join(sorted(PRESETS["easy"]))
-        problems.append(f"unknown option {', '.join(unknown)}; options are {known}")
-    values = {**PRESETS["easy"], **{key: options[key] for key in options if key not in unknown}}
-    ranges = {
-        "size_min": (2, MAX_SIZE),
-        "size_max": (2, MAX_SIZE),
-        "env_max_steps": (1, MAX_STEPS),
-        "agent_max_steps": (1, MAX_STEPS),
-        "mapping_index": (0, NUM_MAPPINGS - 1),
-        "num_held_out_mappings": (0, NUM_MAPPINGS - 1),
-    }
-    for key, (low, high) in ranges.items():
-        if not is_int(values[key]) or not low <= values[key] <= high:
-            problems.append(f"{key} is {values[key]!r}; it must be an integer from {low} to {high}")
-    for key in ("p_min", "p_max"):
-        if not is_probability(values[key]):
-            problems.append(f"{key} is {values[key]!r}; it must be a number from 0 to 1")
-    if values["mapping_mode"] not in MAPPING_MODES:
-        problems.append(
-            f"mapping_mode is {values['mapping_mode']!r}; it must be one of {', '.join(MAPPING_MODES)}"
+    check = OptionCheck("frozen_lake_obscure", PRESETS["easy"], options)
+    check.integers(
+        {
+            "size_min": (2, MAX_SIZE),
+            "size_max": (2, MAX_SIZE),
+            "env_max_steps": (1, MAX_STEPS),
+            "agent_max_steps": (1, MAX_STEPS),
+            "mapping_index": (0, NUM_MAPPINGS - 1),
+            "num_held_out_mappings": (0, NUM_MAPPINGS - 1),
+        }
+    )
+    check.numbers({"p_min": (0, 1), "p_max": (0, 1)})
+    check.choices({"mapping_mode": MAPPING_MODES})
+    check.switches(("is_last_move_told",))
+    has_right_types = not check.problems
+    check.ordered({"size_min": "size_max", "p_min": "p_max"})
+    values = check.values
+    if has_right_types and values["num_held_out_mappings"] and values["mapping_mode"] != "per_pack":
+        check.problems.append(
+            f"num_held_out_mappings is {values['num_held_out_mappings']} but mapping_mode is "
+            f"{values['mapping_mode']}; mappings can only be held out with mapping_mode per_pack"
         )
-    if not isinstance(values["is_last_move_told"], bool):
-        problems.append(f"is_last_move_told is {values['is_last_move_told']!r}; it must be true or false")
-    if not problems:
-        for low_key, high_key in (("size_min", "size_max"), ("p_min", "p_max")):
-            if values[low_key] > values[high_key]:
-                problems.append(
-                    f"{low_key} is {values[low_key]} but {high_key} is {values[high_key]}; "
-                    f"{low_key} must not be larger"
-                )
-        if values["num_held_out_mappings"] and values["mapping_mode"] != "per_pack":
-            problems.append(
-                f"num_held_out_mappings is {values['num_held_out_mappings']} but mapping_mode is "
-                f"{values['mapping_mode']}; mappings can only be held out with mapping_mode per_pack"
-            )
-    if problems:
-        raise EnvironmentInputError([f"environment frozen_lake_obscure: {problem}" for problem in problems])
-    return FrozenLakeOptions(**values)
+    return FrozenLakeOptions(**check.finish())

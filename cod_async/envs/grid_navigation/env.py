@@ -8,7 +8,6 @@ environment's own state as well as by the hint. Sums of costs are integers; a re
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cod_async.envs.base import Environment, StepResult, TaskSpec
+from cod_async.envs.checks import is_int
 from cod_async.envs.grid_navigation.formats import (
     FAR,
     UNKNOWN,
@@ -25,7 +25,7 @@ from cod_async.envs.grid_navigation.formats import (
     encode_state,
     parse_move,
 )
-from cod_async.envs.grid_navigation.options import GridOptions, is_int, parse_options
+from cod_async.envs.grid_navigation.options import GridOptions, parse_options
 from cod_async.envs.grid_navigation.planner import reward_of
 from cod_async.envs.grid_navigation.worlds import (
     Cell,
@@ -37,19 +37,11 @@ from cod_async.envs.grid_navigation.worlds import (
 )
 from cod_async.errors import EnvironmentInputError
 from cod_async.lifecycle.segment import Finish
+from cod_async.lifecycle.texts import prompt_messages, prompt_text
 
 _PROMPTS = Path(__file__).parent / "prompts"
-
-
-@functools.cache
-def _system_template() -> str:
-    return (_PROMPTS / "system.txt").read_text(encoding="utf-8").strip()
-
-
-@functools.cache
-def _messages() -> dict[str, str]:
-    messages: dict[str, str] = json.loads((_PROMPTS / "messages.json").read_text(encoding="utf-8"))
-    return messages
+_system_template = functools.partial(prompt_text, _PROMPTS, "system.txt")
+_messages = functools.partial(prompt_messages, _PROMPTS)
 
 
 class GridNavigation(Environment):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import msgspec
 
-from cod_async.errors import EnvironmentInputError
+from cod_async.envs.checks import OptionCheck
 
 MAX_SIZE = 32
 """Largest grid side in cells; keeps prompts, snapshots and the exact planner bounded."""
@@ -66,11 +66,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """The settings of the paper's reference: training of an 8B and of a 27B model, and the evaluation."""
 
 
-def is_int(value: Any) -> TypeGuard[int]:
-    """Return whether a JSON value is an integer (booleans are not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def parse_options(options: Mapping[str, Any]) -> GridOptions:
     """Check a preset merged with overrides; missing options are those of ``train_8b``.
 
@@ -78,40 +73,18 @@ def parse_options(options: Mapping[str, Any]) -> GridOptions:
         EnvironmentInputError: every problem at once: unknown names, wrong types, values out of range,
             contradictions.
     """
-    defaults = PRESETS["train_8b"]
-    problems: list[str] = []
-    unknown = sorted(set(options) - set(defaults))
-    if unknown:
-        known = ", ".join(sorted(defaults))
-        problems.append(f"unknown option {', '.join(unknown)}; options are {known}")
-    values = {**defaults, **{key: options[key] for key in options if key not in unknown}}
-    ranges = {
-        "size_min": (2, MAX_SIZE),
-        "size_max": (2, MAX_SIZE),
-        "num_components": (2, MAX_COMPONENTS),
-        "rounds_min": (1, MAX_ROUNDS),
-        "rounds_max": (1, MAX_ROUNDS),
-        "reveal_radius": (0, MAX_SIZE - 1),
-    }
-    for key, (low, high) in ranges.items():
-        if not is_int(values[key]) or not low <= values[key] <= high:
-            problems.append(f"{key} is {values[key]!r}; it must be an integer from {low} to {high}")
-    for key in ("scale_min", "scale_max"):
-        value = values[key]
-        is_number = is_int(value) or isinstance(value, float)
-        if not is_number or not SCALE_RANGE[0] <= value <= SCALE_RANGE[1]:
-            problems.append(
-                f"{key} is {value!r}; it must be a number from {SCALE_RANGE[0]:g} to {SCALE_RANGE[1]:g}"
-            )
-    if not isinstance(values["parity"], bool):
-        problems.append(f"parity is {values['parity']!r}; it must be true or false")
-    if not problems:
-        for subject in ("size", "scale", "rounds"):
-            low, high = values[f"{subject}_min"], values[f"{subject}_max"]
-            if low > high:
-                problems.append(
-                    f"{subject}_min is {low} but {subject}_max is {high}; {subject}_min must not be larger"
-                )
-    if problems:
-        raise EnvironmentInputError([f"environment grid_navigation: {problem}" for problem in problems])
-    return GridOptions(**values)
+    check = OptionCheck("grid_navigation", PRESETS["train_8b"], options)
+    check.integers(
+        {
+            "size_min": (2, MAX_SIZE),
+            "size_max": (2, MAX_SIZE),
+            "num_components": (2, MAX_COMPONENTS),
+            "rounds_min": (1, MAX_ROUNDS),
+            "rounds_max": (1, MAX_ROUNDS),
+            "reveal_radius": (0, MAX_SIZE - 1),
+        }
+    )
+    check.numbers({"scale_min": SCALE_RANGE, "scale_max": SCALE_RANGE})
+    check.switches(("parity",))
+    check.ordered({f"{subject}_min": f"{subject}_max" for subject in ("size", "scale", "rounds")})
+    return GridOptions(**check.finish())

@@ -7,7 +7,6 @@ and how to ask. A task is one response, so there is no step penalty, and no stat
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,20 +16,17 @@ from cod_async.envs.learn2ask.judging import STOP_TAG, Verdict, judge, max_rewar
 from cod_async.envs.learn2ask.options import Learn2AskOptions, parse_options
 from cod_async.envs.learn2ask.records import record_problems, speaker
 from cod_async.errors import EnvironmentInputError
+from cod_async.lifecycle.texts import prompt_messages, prompt_text
 
 _PROMPTS = Path(__file__).parent / "prompts"
 
 
 @functools.cache
 def _system() -> str:
-    template = (_PROMPTS / "system.txt").read_text(encoding="utf-8").strip()
-    return template.replace("{stop_tag}", STOP_TAG)
+    return prompt_text(_PROMPTS, "system.txt").replace("{stop_tag}", STOP_TAG)
 
 
-@functools.cache
-def _messages() -> dict[str, str]:
-    messages: dict[str, str] = json.loads((_PROMPTS / "messages.json").read_text(encoding="utf-8"))
-    return messages
+_messages = functools.partial(prompt_messages, _PROMPTS)
 
 
 class Learn2Ask(Environment):

@@ -7,7 +7,6 @@ that fails or answers in another form raises; it never becomes a reward of 0.
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from cod_async.envs.learn2ask.prepare import Extractor
 from cod_async.envs.learn2ask.records import FIELDS, MAX_FACT_CHARS, MAX_FACTS, dialogue_lines
 from cod_async.envs.learn2ask.rules import Scores, fact_value, judge_by_rules
 from cod_async.lifecycle.parsing import extract_between
+from cod_async.lifecycle.texts import fill, prompt_text
 
 STOP_TAG = "<stop />"
 """What ends the inquiry."""
@@ -38,19 +38,8 @@ _MAX_BRACKETS = 50
 """Opening brackets that are tried as the begin of a list, from the last one backwards."""
 
 
-@functools.cache
 def _prompt(name: str) -> str:
-    return (_PROMPTS / f"{name}.txt").read_text(encoding="utf-8").strip()
-
-
-def _fill(template: str, **values: str) -> str:
-    """Replace ``{name}`` once each, left to right; inserted values are never searched themselves."""
-    parts: list[str] = []
-    rest = template
-    for name, value in values.items():
-        before, _, rest = rest.partition("{" + name + "}")
-        parts += [before, value]
-    return "".join([*parts, rest])
+    return prompt_text(_PROMPTS, f"{name}.txt")
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -116,7 +105,7 @@ async def judge(response: str, record: Mapping[str, Any], options: Learn2AskOpti
     if options.judge == "rules":
         scores, num_tries = judge_by_rules(response, facts), 0
     else:
-        user = _fill(
+        user = fill(
             _prompt("judge_user"),
             dialogue="\n".join(dialogue_lines(record["messages"])),
             facts="\n".join(f"- {' '.join(fact.split())}" for fact in facts),
@@ -213,7 +202,7 @@ def facts_by_endpoint(endpoint: ChatEndpoint, num_parallel: int = 16) -> Extract
 
         async def one(text: str) -> list[str]:
             async with gate:
-                user = _fill(_prompt("extract_user"), remaining=text)
+                user = fill(_prompt("extract_user"), remaining=text)
                 facts, _ = await asked.ask(_prompt("extract_system"), user, parse_facts)
                 return facts
 

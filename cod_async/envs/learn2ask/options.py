@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from cod_async.errors import EnvironmentInputError
+from cod_async.envs.checks import OptionCheck, is_int, is_number
 
 MAX_TRIES = 20
 """Most tries per judgement that are accepted."""
@@ -105,15 +105,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """The paper's reward; the judge that needs no network."""
 
 
-def is_int(value: Any) -> TypeGuard[int]:
-    """Return whether a JSON value is an integer (booleans are not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return is_int(value) or isinstance(value, float)
-
-
 def url_problem(url: str, allow_plain_http: bool) -> str:
     """Return what is wrong with a judge address, or an empty string.
 
@@ -195,11 +186,11 @@ def _number_problems(values: Mapping[str, Any]) -> list[str]:
     }
     for key, (low, high, has_low) in ranges.items():
         value = values[key]
-        if not _is_number(value) or not low <= value <= high or (value == low and not has_low):
+        if not is_number(value, low, high) or (value == low and not has_low):
             above = "from" if has_low else "above"
             problems.append(f"{key} is {value!r}; it must be a number {above} {low:g} to {high:g}")
     frac = values["held_out_frac"]
-    if not _is_number(frac) or not 0 < frac < 1:
+    if not is_number(frac, 0, 1) or frac in (0, 1):
         problems.append(f"held_out_frac is {frac!r}; it must be a number above 0 and below 1")
     return problems
 
@@ -213,20 +204,12 @@ def parse_options(options: Mapping[str, Any]) -> Learn2AskOptions:
         EnvironmentInputError: every problem at once: unknown names, wrong types, values out of range,
             contradictions.
     """
-    defaults = PRESETS["default"]
-    unknown = sorted(set(options) - set(defaults))
-    problems: list[str] = []
-    if unknown:
-        problems.append(f"unknown option {', '.join(unknown)}; options are {', '.join(sorted(defaults))}")
-    values = {**defaults, **{key: options[key] for key in options if key not in unknown}}
+    check = OptionCheck("learn2ask", PRESETS["default"], options)
+    values, problems = check.values, check.problems
     # judge_key_env may be the key itself by mistake, judge_url may hold a password: values are not repeated.
     problems += [f"{key} is no text; it must be a string" for key in _TEXTS if not _is_text(values[key])]
-    for key, choices in _CHOICES.items():
-        if not isinstance(values[key], str) or values[key] not in choices:
-            problems.append(f"{key} is {values[key]!r}; it must be one of {', '.join(choices)}")
-    for key in ("is_reward_normalized", "allow_plain_http"):
-        if not isinstance(values[key], bool):
-            problems.append(f"{key} is {values[key]!r}; it must be true or false")
+    check.choices(_CHOICES)
+    check.switches(("is_reward_normalized", "allow_plain_http"))
     problems += _number_problems(values)
     extra = _extra_body_problem(values["judge_extra_body"])
     if extra:
@@ -235,9 +218,7 @@ def parse_options(options: Mapping[str, Any]) -> Learn2AskOptions:
         problems += _judge_problems(values)
         if values["held_out_path"] and not values["path"]:
             problems.append("held_out_path is set but path is not; give the training file too")
-    if problems:
-        raise EnvironmentInputError([f"environment learn2ask: {problem}" for problem in problems])
-    return Learn2AskOptions(**values)
+    return Learn2AskOptions(**check.finish())
 
 
 def _is_text(value: Any) -> TypeGuard[str]:

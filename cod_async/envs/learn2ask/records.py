@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cod_async.envs.learn2ask.options import is_int
+from cod_async.envs.checks import is_int
 
 ROLES = {"patient": "patient", "user": "patient", "doctor": "doctor", "assistant": "doctor"}
 """Accepted names of the two speakers, and what they mean."""

@@ -9,7 +9,6 @@ controller with its outcome (an option), which shows that something worked witho
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from xml.sax.saxutils import escape
 import msgspec
 
 from cod_async.envs.base import Environment, StepResult, TaskSpec
+from cod_async.envs.checks import is_int, is_number
 from cod_async.envs.optimal_control.dynamics import (
     ControlTask,
     Rollout,
@@ -26,7 +26,7 @@ from cod_async.envs.optimal_control.dynamics import (
     draw_world,
     simulate,
 )
-from cod_async.envs.optimal_control.options import ControlOptions, is_finite, is_int, parse_options
+from cod_async.envs.optimal_control.options import ControlOptions, parse_options
 from cod_async.envs.optimal_control.syntax import (
     MAX_CHARS,
     Expression,
@@ -36,22 +36,14 @@ from cod_async.envs.optimal_control.syntax import (
 from cod_async.envs.xml_action import ANSWER_END, ActionParseError, parse_action
 from cod_async.errors import EnvironmentInputError
 from cod_async.lifecycle.hint import prompts_for
+from cod_async.lifecycle.texts import prompt_messages, prompt_text
 
 _PROMPTS = Path(__file__).parent / "prompts"
 _SNAPSHOT_VERSION = 1
 _MAX_ABS = 1e6
 """Largest magnitude of a record's numbers."""
-
-
-@functools.cache
-def _system_template() -> str:
-    return (_PROMPTS / "system.txt").read_text(encoding="utf-8").strip()
-
-
-@functools.cache
-def _messages() -> dict[str, str]:
-    messages: dict[str, str] = json.loads((_PROMPTS / "messages.json").read_text(encoding="utf-8"))
-    return messages
+_system_template = functools.partial(prompt_text, _PROMPTS, "system.txt")
+_messages = functools.partial(prompt_messages, _PROMPTS)
 
 
 def read_controller(response: str, is_parity: bool = False) -> Expression:
@@ -361,7 +353,7 @@ def _check_record(record: Mapping[str, Any]) -> None:
     if not is_int(seed) or not 0 <= seed < 1 << 64:
         problems.append(f"seed is {seed!r}; it must be an integer from 0 to 2^64-1")
     for key in ("x0", "v0", "x_target"):
-        if not is_finite(record.get(key), -_MAX_ABS, _MAX_ABS):
+        if not is_number(record.get(key), -_MAX_ABS, _MAX_ABS):
             allowed = f"a number from {-_MAX_ABS:g} to {_MAX_ABS:g}"
             problems.append(f"{key} is {record.get(key)!r}; it must be {allowed}")
     if problems:

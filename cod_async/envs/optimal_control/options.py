@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import msgspec
 
+from cod_async.envs.checks import OptionCheck
 from cod_async.envs.optimal_control.dynamics import b_candidates, b_lengths
-from cod_async.errors import EnvironmentInputError
 
 MAX_HORIZON = 64
 """Longest horizon, in steps; the best open-loop controls still fit an expression."""
@@ -113,16 +112,6 @@ _RANGES = {
 _FLAGS = ("is_previous_controller_shown", "parity")
 
 
-def is_int(value: Any) -> TypeGuard[int]:
-    """Return whether a JSON value is an integer (booleans are not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_finite(value: Any, low: float, high: float) -> TypeGuard[float]:
-    """Return whether a JSON value is a finite number in [low, high] (booleans are not)."""
-    return (is_int(value) or isinstance(value, float)) and low <= value <= high and math.isfinite(value)
-
-
 def parse_options(options: Mapping[str, Any]) -> ControlOptions:
     """Check a preset merged with overrides; missing options are those of ``hard``.
 
@@ -130,40 +119,20 @@ def parse_options(options: Mapping[str, Any]) -> ControlOptions:
         EnvironmentInputError: every problem at once: unknown names, wrong types, values out of range,
             reversed ranges, no possible ``b``.
     """
-    defaults = PRESETS["hard"]
-    problems: list[str] = []
-    unknown = sorted(set(options) - set(defaults))
-    if unknown:
-        problems.append(f"unknown option {', '.join(unknown)}; options are {', '.join(sorted(defaults))}")
-    values = {**defaults, **{key: options[key] for key in options if key not in unknown}}
-    if not is_int(values["horizon"]) or not 1 <= values["horizon"] <= MAX_HORIZON:
-        problems.append(f"horizon is {values['horizon']!r}; it must be an integer from 1 to {MAX_HORIZON}")
-    for key, (low, high) in _RANGES.items():
-        if not is_finite(values[key], low, high):
-            problems.append(f"{key} is {values[key]!r}; it must be a number from {low:g} to {high:g}")
-    for key in _FLAGS:
-        if not isinstance(values[key], bool):
-            problems.append(f"{key} is {values[key]!r}; it must be true or false")
-    if not problems:
-        problems += _contradictions(values)
-    if problems:
-        raise EnvironmentInputError([f"environment optimal_control: {problem}" for problem in problems])
-    checked: dict[str, Any] = {k: float(value) if k in _RANGES else value for k, value in values.items()}
+    check = OptionCheck("optimal_control", PRESETS["hard"], options)
+    check.integers({"horizon": (1, MAX_HORIZON)})
+    check.numbers(_RANGES)
+    check.switches(_FLAGS)
+    check.ordered({"a_min": "a_max", "b_min": "b_max"})
+    if not check.problems:
+        check.problems += _impossible_b(check.values)
+    checked: dict[str, Any] = {k: float(v) if k in _RANGES else v for k, v in check.finish().items()}
     return ControlOptions(**checked)
 
 
-def _contradictions(values: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with values that are fine one by one."""
-    problems = []
-    for low_key, high_key in (("a_min", "a_max"), ("b_min", "b_max")):
-        if values[low_key] > values[high_key]:
-            problems.append(
-                f"{low_key} is {values[low_key]} but {high_key} is {values[high_key]}; "
-                f"{low_key} must not be larger"
-            )
+def _impossible_b(values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong if no ``b`` of the range has the demanded magnitude."""
     b_range, margin = (float(values["b_min"]), float(values["b_max"])), float(values["b_margin"])
-    if not problems and not any(b_lengths(b_range, margin)) and not b_candidates(b_range, margin):
-        problems.append(
-            f"b_margin is {margin}, but no b from {b_range[0]} to {b_range[1]} has that magnitude; lower it"
-        )
-    return problems
+    if any(b_lengths(b_range, margin)) or b_candidates(b_range, margin):
+        return []
+    return [f"b_margin is {margin}, but no b from {b_range[0]} to {b_range[1]} has that magnitude; lower it"]

@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cod_async.envs.base import Environment, StepResult, TaskSpec
+from cod_async.envs.checks import is_int
 from cod_async.envs.pde_discovery import arguments as reading
 from cod_async.envs.pde_discovery import report
 from cod_async.envs.pde_discovery.basis import TERMS, Array, Equation, Reaction, evaluate
 from cod_async.envs.pde_discovery.equation import is_equal, render
 from cod_async.envs.pde_discovery.families import eligible
-from cod_async.envs.pde_discovery.options import MAX_PACK_SIZE, NAME, PdeOptions, is_int, parse_options
+from cod_async.envs.pde_discovery.options import MAX_PACK_SIZE, NAME, PdeOptions, parse_options
 from cod_async.envs.pde_discovery.prompting import PdePrompts, compressed
 from cod_async.envs.pde_discovery.regression import Candidate, Regression, alternative, margin, regress
 from cod_async.envs.pde_discovery.scoring import Score, metrics, score

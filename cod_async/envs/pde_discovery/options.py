@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import msgspec
 
+from cod_async.envs.checks import OptionCheck
 from cod_async.envs.pde_discovery.basis import TERMS
 from cod_async.envs.pde_discovery.families import FAMILIES, FamilyName, eligible
-from cod_async.errors import EnvironmentInputError
 
 NAME = "pde_discovery"
 MAX_STEPS = 50
@@ -95,16 +94,6 @@ _INTEGERS = {
 _NUMBERS = {"state_bound": (0.1, 10.0), "u_noise": (0.0, 10.0), "condition_threshold": (1.0, 1e12)}
 
 
-def is_int(value: Any) -> TypeGuard[int]:
-    """Return whether a JSON value is an integer (booleans are not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a JSON value is a finite number (booleans are not)."""
-    return (is_int(value) and abs(value) < 1 << 63) or (isinstance(value, float) and math.isfinite(value))
-
-
 def parse_options(options: Mapping[str, Any]) -> PdeOptions:
     """Check a preset merged with overrides; missing options are those of ``train``.
 
@@ -112,36 +101,17 @@ def parse_options(options: Mapping[str, Any]) -> PdeOptions:
         EnvironmentInputError: every problem at once: unknown names, wrong types, values out of range,
             contradictions.
     """
-    problems: list[str] = []
-    unknown = sorted(set(options) - set(PRESETS["train"]))
-    if unknown:
-        known = ", ".join(sorted(PRESETS["train"]))
-        problems.append(f"unknown option {', '.join(unknown)}; options are {known}")
-    values = {**PRESETS["train"], **{key: options[key] for key in options if key not in unknown}}
-    if values["family"] not in FAMILIES:
-        problems.append(f"family is {values['family']!r}; it must be one of {', '.join(FAMILIES)}")
-    for key, (low, high) in _INTEGERS.items():
-        if not is_int(values[key]) or not low <= values[key] <= high:
-            problems.append(f"{key} is {values[key]!r}; it must be an integer from {low} to {high}")
-    for key, (lowest, highest) in _NUMBERS.items():
-        if not is_number(values[key]) or not lowest <= values[key] <= highest:
-            problems.append(f"{key} is {values[key]!r}; it must be a number from {lowest:g} to {highest:g}")
-        else:
-            values[key] = float(values[key])
-    if not isinstance(values["parity"], bool):
-        problems.append(f"parity is {values['parity']!r}; it must be true or false")
-    if not problems:
-        for low_key, high_key in (("min_terms", "max_terms"), ("min_modes", "max_modes")):
-            if values[low_key] > values[high_key]:
-                problems.append(
-                    f"{low_key} is {values[low_key]} but {high_key} is {values[high_key]}; "
-                    f"{low_key} must not be larger"
-                )
-    if not problems and not eligible(values["family"], values["min_terms"], values["max_terms"]):
-        problems.append(
+    check = OptionCheck(NAME, PRESETS["train"], options)
+    check.choices({"family": FAMILIES})
+    check.integers(_INTEGERS)
+    check.numbers(_NUMBERS)
+    check.switches(("parity",))
+    check.ordered({"min_terms": "max_terms", "min_modes": "max_modes"})
+    values = check.values
+    if not check.problems and not eligible(values["family"], values["min_terms"], values["max_terms"]):
+        check.problems.append(
             f"family {values['family']} has no equation of {values['min_terms']} to {values['max_terms']} "
             f"terms (of {len(TERMS)} in the dictionary); widen min_terms and max_terms"
         )
-    if problems:
-        raise EnvironmentInputError([f"environment {NAME}: {problem}" for problem in problems])
-    return PdeOptions(**values)
+    checked: dict[str, Any] = {k: float(v) if k in _NUMBERS else v for k, v in check.finish().items()}
+    return PdeOptions(**checked)

@@ -6,7 +6,6 @@ The wording lies in ``prompts/messages.json``; here numbers become text, with fo
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +16,20 @@ from cod_async.envs.pde_discovery.basis import Array, evaluate
 from cod_async.envs.pde_discovery.equation import render
 from cod_async.envs.pde_discovery.regression import Candidate, Regression, margin
 from cod_async.envs.pde_discovery.state import Commit, DataSet, measured
+from cod_async.lifecycle.texts import prompt_messages, prompt_text
 
 _PROMPTS = Path(__file__).parent / "prompts"
 MAX_TABLE_ROWS = 120
 """Points that a regression lists at most, the newest ones; the paper's packs have 24 and 48."""
 
 
-@functools.cache
-def messages() -> dict[str, str]:
-    """Return the message templates by name."""
-    loaded: dict[str, str] = json.loads((_PROMPTS / "messages.json").read_text(encoding="utf-8"))
-    return loaded
+messages = functools.partial(prompt_messages, _PROMPTS)
+"""Return the message templates by name."""
 
 
-@functools.cache
 def prompt(name: str) -> str:
     """Return a prompt template."""
-    return (_PROMPTS / f"{name}.txt").read_text(encoding="utf-8").strip()
+    return prompt_text(_PROMPTS, f"{name}.txt")
 
 
 def digits(value: float | None) -> str:

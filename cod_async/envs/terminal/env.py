@@ -8,7 +8,6 @@ knowledge of how these terminals behave.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,19 +23,11 @@ from cod_async.envs.terminal.terminal import Terminal
 from cod_async.errors import EnvironmentInputError
 from cod_async.lifecycle.parsing import extract_between
 from cod_async.lifecycle.segment import Finish
+from cod_async.lifecycle.texts import prompt_messages, prompt_text
 
 _PROMPTS = Path(__file__).parent / "prompts"
-
-
-@functools.cache
-def _system_template() -> str:
-    return (_PROMPTS / "system.txt").read_text(encoding="utf-8").strip()
-
-
-@functools.cache
-def _texts(name: str) -> dict[str, str]:
-    texts: dict[str, str] = json.loads((_PROMPTS / f"{name}.json").read_text(encoding="utf-8"))
-    return texts
+_system_template = functools.partial(prompt_text, _PROMPTS, "system.txt")
+_texts = functools.partial(prompt_messages, _PROMPTS)
 
 
 def parse_line(response: str) -> str | None:

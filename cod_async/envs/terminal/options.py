@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from cod_async.errors import EnvironmentInputError
+from cod_async.envs.checks import OptionCheck
 
 MAX_STEPS = 1_000
 """Largest step budget that is accepted."""
@@ -39,19 +39,9 @@ def parse_options(options: Mapping[str, Any]) -> TerminalOptions:
     Raises:
         EnvironmentInputError: every problem at once: unknown names, wrong types, values out of range.
     """
-    default = PRESETS["default"]
-    problems: list[str] = []
-    unknown = sorted(set(options) - set(default))
-    if unknown:
-        problems.append(f"unknown option {', '.join(unknown)}; options are {', '.join(sorted(default))}")
-    values = {**default, **{key: options[key] for key in options if key in default}}
-    max_steps, frac, parity = (values[key] for key in ("max_steps", "composite_frac", "parity"))
-    if type(max_steps) is not int or not 1 <= max_steps <= MAX_STEPS:
-        problems.append(f"max_steps is {max_steps!r}; it must be an integer from 1 to {MAX_STEPS}")
-    if type(frac) not in (int, float) or not 0 <= frac <= 1:
-        problems.append(f"composite_frac is {frac!r}; it must be a number from 0 to 1")
-    if type(parity) is not bool:
-        problems.append(f"parity is {parity!r}; it must be true or false")
-    if problems:
-        raise EnvironmentInputError([f"environment terminal: {problem}" for problem in problems])
-    return TerminalOptions(max_steps=max_steps, composite_frac=float(frac), parity=parity)
+    check = OptionCheck("terminal", PRESETS["default"], options)
+    check.integers({"max_steps": (1, MAX_STEPS)})
+    check.numbers({"composite_frac": (0, 1)})
+    check.switches(("parity",))
+    values = check.finish()
+    return TerminalOptions(**{**values, "composite_frac": float(values["composite_frac"])})
