@@ -245,17 +245,20 @@ class HistoryTable:
         was abandoned before, its steps come back to life, and their segments count as trained in them.
 
         Returns:
-            The number of steps rolled back.
+            The number of taken steps rolled back; a step that was only planned is undone too, but no work
+            is lost with it.
         """
         surviving = self._path(parent, branch_step)
         rows = self._connection.execute(
             "SELECT lineage, step, state, done_at IS NOT NULL FROM steps"
         ).fetchall()
-        undone = [(a, b) for a, b, state, _ in rows if state != "rolled_back" and (a, b) not in surviving]
+        undone = [
+            (a, b, done) for a, b, state, done in rows if state != "rolled_back" and (a, b) not in surviving
+        ]
         revived = [
             (a, b) for a, b, state, done in rows if state == "rolled_back" and done and (a, b) in surviving
         ]
-        for lineage, step in undone:
+        for lineage, step, _ in undone:
             self._connection.execute(
                 "UPDATE steps SET state = 'rolled_back' WHERE lineage = ? AND step = ?", (lineage, step)
             )
@@ -265,7 +268,7 @@ class HistoryTable:
                 "UPDATE steps SET state = 'done' WHERE lineage = ? AND step = ?", (lineage, step)
             )
             self._mark_trained(lineage, step)
-        return len(undone)
+        return sum(done for _, _, done in undone)
 
     def _release(self, lineage: int, step: int) -> None:
         """Make the segments and groups of an undone step trainable again."""

@@ -359,7 +359,7 @@ def _count(verdict: Verdict, database: sqlite3.Connection) -> None:
         "segments": "SELECT count(*) FROM segments",
         "trained": "SELECT count(*) FROM segments WHERE state = 'trained'",
         "lineages": "SELECT count(*) FROM lineages",
-        "rolled_back_steps": "SELECT count(*) FROM steps WHERE state = 'rolled_back'",
+        "rolled_back_steps": "SELECT count(*) FROM steps WHERE state = 'rolled_back' AND done_at IS NOT NULL",
         "sessions": "SELECT count(*) FROM sessions",
         "takeovers": "SELECT coalesce(sum(num_takeovers), 0) FROM leases",
     }.items():
