@@ -13,13 +13,20 @@ PYTEST_ARGS ?=
 FAULT_ROUNDS ?= 20
 SOAK_S ?= 3600
 STAMP := $(VENV)/.installed
+# What `make bench` runs; bench.pipeline needs the real SGLang server of `make sglang-env`.
+BENCHES = bench.wire.throughput bench.engine.embedded bench.envs bench.kernels bench.staleness.mix \
+  $(if $(wildcard $(SGLANG_VENV)/bin/python),bench.pipeline.client_overhead bench.pipeline.weight_updates)
+# SGLang's own environment: its pins and ours do not go together.
+SGLANG_VENV ?= .venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
+SGLANG_CPU := tests/sglang_cpu
 
 # Two OpenMP threads per process on busy cores are many times slower than one.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint types format faults faults-short fuzz soak bench clean
+.PHONY: help setup quickstart test lint types format sglang-env sglang faults faults-short fuzz soak bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +61,20 @@ format: $(STAMP) ## rewrite files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+$(SGLANG_STAMP): $(SGLANG_CPU)/requirements.txt
+	@if [ -z "$(PYTHON)" ]; then echo "no python found: install Python 3.11 or 3.12, or set PYTHON=/path/to/python" >&2; exit 2; fi
+	@[ -x $(SGLANG_VENV)/bin/python ] || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r $(SGLANG_CPU)/requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps xgrammar==0.2.7 sglang==0.5.23
+	echo "$(abspath $(SGLANG_CPU)/stand_ins)" > \
+	  "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/cod_stand_ins.pth"
+	@touch $(SGLANG_STAMP)
+
+sglang-env: $(SGLANG_STAMP) ## make .venv-sglang: the real SGLang server, on a CPU
+
+sglang: $(STAMP) $(SGLANG_STAMP) ## train a tiny model through real SGLang servers on a CPU
+	$(BIN)/cod train configs/ci/sglang_cpu.toml --name "sglang-$$(date +%Y%m%d-%H%M%S)"
+
 faults: $(STAMP) ## kill -9 everything, FAULT_ROUNDS times each, and check that nothing is lost or trained twice
 	$(BIN)/python -m tests.faults.drill --role all --kills $(FAULT_ROUNDS) --report docs/reports/faults.json
 
@@ -67,8 +88,7 @@ soak: $(STAMP) ## kill random processes of run after run for SOAK_S seconds
 	$(BIN)/python -m tests.faults.drill --role mixed --soak $(SOAK_S)
 
 bench: $(STAMP) ## measure speed side by side and print ratios
-	@for script in bench/*/*.py; do case $$script in *__init__.py|bench/kernels/[!_]*.py|bench/envs/[!_]*.py) ;; *) \
-	  echo "== $$script"; name=$${script%.py}; $(BIN)/python -m $${name//\//.} || exit 1;; esac; done
+	@for module in $(BENCHES); do echo "== $$module"; $(BIN)/python -m $$module || exit 1; done
 
-clean: ## remove .venv and caches, keep runs
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+clean: ## remove the environments and caches, keep runs
+	rm -rf $(VENV) $(SGLANG_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

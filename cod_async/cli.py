@@ -153,6 +153,46 @@ def evaluate(
     raise typer.Exit(code)
 
 
+@app.command()
+def doctor(
+    configs: Annotated[
+        list[Path] | None, typer.Argument(metavar="CONFIG...", help="TOML files, left to right.")
+    ] = None,
+    overrides: Sets = None,
+    engine: Annotated[
+        str, typer.Option(metavar="URL", help="An SGLang server, instead of the configuration's engine.")
+    ] = "",
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Model directory that the engine should serve.")
+    ] = None,
+    api_key_env: Annotated[
+        str, typer.Option(metavar="NAME", help="Environment variable with the server's api key.")
+    ] = "",
+    admin_key_env: Annotated[
+        str, typer.Option(metavar="NAME", help="Environment variable with the server's admin key.")
+    ] = "",
+    allow_updates: Annotated[
+        bool,
+        typer.Option("--allow-updates", help="May pause the server and load the weights it has once more."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look at everything a run relies on: configuration, machine, environments, model, engine."""
+    from cod_async.commands.doctor import Request, run_doctor
+
+    request = Request(
+        configs=tuple(configs or ()),
+        overrides=tuple(overrides or ()),
+        engine=engine,
+        model_dir=model,
+        api_key_env=api_key_env,
+        admin_key_env=admin_key_env,
+        allow_updates=allow_updates,
+        is_json=as_json,
+    )
+    raise typer.Exit(run_doctor(request))
+
+
 @env_app.command("list")
 def env_list(as_json: AsJson = False) -> None:
     """List the environments and what is hidden in each."""
@@ -322,6 +362,47 @@ def actor(run: RunFolder, name: Annotated[str, typer.Option(help="Unique name of
     from cod_async.actor.worker import run_actor
 
     raise typer.Exit(run_actor(_run_folder(run), name))
+
+
+@app.command()
+def engine(run: RunFolder, name: Annotated[str, typer.Option(help="Name of the server, engine-N.")]) -> None:
+    """Host one SGLang server of a run (the launcher does this)."""
+    from cod_async.launch.engine_host import run_engine
+
+    raise typer.Exit(run_engine(_run_folder(run), name))
+
+
+@app.command()
+def weights(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder to serve.")] = None,
+    upstream: Annotated[
+        str | None, typer.Option("--from", metavar="ADDRESS", help="Relay the server at this address.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the relay's files, its own.")] = None,
+    bind: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Listen here; default weights.serve, or loopback.")
+    ] = None,
+    keep: Annotated[int, typer.Option(help="Versions that a relay keeps.")] = 2,
+    server_key: Annotated[Path | None, typer.Option(help="Secret key file of this server.")] = None,
+    authorized_keys: Annotated[Path | None, typer.Option(help="Folder of its clients' public keys.")] = None,
+    client_key: Annotated[Path | None, typer.Option(help="Secret key file towards --from.")] = None,
+    from_key: Annotated[Path | None, typer.Option(help="Public key file of the server at --from.")] = None,
+) -> None:
+    """Serve a run's published weights to actors that share no disk, or relay such a server."""
+    from cod_async.commands.serving import ServingRequest, run_weights
+
+    request = ServingRequest(
+        run=None if run is None else _run_folder(run),
+        upstream=upstream,
+        cache=cache,
+        bind=bind,
+        keep_versions=keep,
+        server_key=server_key,
+        authorized_keys=authorized_keys,
+        client_key=client_key,
+        upstream_key=from_key,
+    )
+    raise typer.Exit(run_weights(request))
 
 
 @app.command()

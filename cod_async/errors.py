@@ -62,7 +62,20 @@ class StoreError(CodError):
 
 
 class WeightsError(CodError):
-    """A policy version is missing, half written, or not what its digest says; it was not loaded."""
+    """A policy version is missing, half written, or not what its digest says; it was not loaded.
+
+    Args:
+        message: what happened, with the version.
+        label: after a failed update of a server: what it says its weights are called, if it says so.
+    """
+
+    def __init__(self, message: str, *, label: str | None = None) -> None:
+        self.label = label
+        super().__init__(message)
+
+
+class SupersededError(WeightsError):
+    """Bringing a version here was given up because a newer one is wanted; get that one."""
 
 
 class CheckpointError(CodError):
@@ -75,6 +88,29 @@ class EngineError(CodError):
 
 class EngineClosedError(EngineError):
     """The engine was closed while the request was running."""
+
+
+class EngineDownError(EngineError):
+    """A server is gone, wedged, or broke an answer off; another one may do. Nothing was scored.
+
+    Args:
+        message: what happened, with the url.
+        num_tokens: generated tokens that had been seen and are lost.
+        label: after a failed weight update: what the server says its weights are called, if it says so.
+    """
+
+    def __init__(self, message: str, *, num_tokens: int = 0, label: str | None = None) -> None:
+        self.num_tokens = num_tokens
+        self.label = label
+        super().__init__(message)
+
+
+class EngineRefusedError(EngineError):
+    """A server refused a request for what it is (status 4xx) and would refuse it again."""
+
+
+class EngineMismatchError(EngineError):
+    """A server is not what this run needs: key, model, tokenizer or release. Correct ``engine.urls``."""
 
 
 class InfrastructureError(CodError):

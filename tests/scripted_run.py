@@ -53,6 +53,11 @@ class ScriptedEngine:
         for group in range(self._config.run.num_steps * self._config.learner.groups_per_step):
             tasks_of(self._config, group)
 
+    @property
+    def extra_counters(self) -> dict[str, float]:
+        """Nothing beyond the counters."""
+        return {}
+
     async def generate(
         self, token_ids: Sequence[int], params: SamplingParams, *, session: str | None = None
     ) -> Completion:
@@ -100,6 +105,9 @@ class ScriptedEngine:
         set_weights(self._model, tensors, source=str(manifest.version))
         self.version = manifest.version
         self.counters.num_weight_updates += 1
+
+    def announce(self, manifest: Manifest) -> None:
+        """Nothing is put off here."""
 
     async def aclose(self) -> None:
         """Stop."""

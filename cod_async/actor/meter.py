@@ -101,6 +101,11 @@ class MeteredEngine:
         return self._engine.counters
 
     @property
+    def extra_counters(self) -> dict[str, float]:
+        """The shared engine's further numbers."""
+        return self._engine.extra_counters
+
+    @property
     def version(self) -> Version:
         """The shared engine's version."""
         return self._engine.version
@@ -134,6 +139,10 @@ class MeteredEngine:
         await self._engine.close_session(session)
 
     async def update_weights(self, manifest: Manifest) -> None:
+        """Not a lifecycle's business."""
+        raise NotImplementedError("a lifecycle does not change the shared engine's weights")
+
+    def announce(self, manifest: Manifest) -> None:
         """Not a lifecycle's business."""
         raise NotImplementedError("a lifecycle does not change the shared engine's weights")
 

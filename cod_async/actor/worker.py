@@ -18,17 +18,21 @@ from collections import deque
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from cod_async.actor.failures import Failures
 from cod_async.actor.lives import Life, LifeOver
 from cod_async.actor.meter import Meter
+from cod_async.actor.weights_source import FolderWeights, WeightsSource, open_weights_source
 from cod_async.config.load import load_resolved
 from cod_async.config.schema import Config
 from cod_async.engines.base import Engine
 from cod_async.envs.worker import WorkerPool
 from cod_async.errors import (
     CodError,
+    EngineMismatchError,
     InfrastructureError,
     InputError,
     ProtocolRefusedError,
+    SupersededError,
     WeightsError,
     WireError,
 )
@@ -58,8 +62,6 @@ log = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 4096
 """Fences and returns of this many leases are remembered; heartbeats and deadlines heal older ones."""
-RETRY_VERSION_S = (0.2, 0.5, 1.0, 2.0, 5.0)
-"""Waits before a version that could not be loaded is tried again."""
 
 
 class ActorWorker:
@@ -72,6 +74,7 @@ class ActorWorker:
         engine: generates; owned by the worker from now on.
         renderer: the model's template family.
         addresses: where the coordinator is, see :mod:`cod_async.transport.address`.
+        source: brings published files to this host; owned by the worker. None: they are there already.
 
     Make it inside a running asyncio loop.
     """
@@ -84,11 +87,13 @@ class ActorWorker:
         engine: Engine,
         renderer: Renderer,
         addresses: Callable[[], str | None],
+        source: WeightsSource | None = None,
     ) -> None:
         self._config = config
         self._run = run
         self._name = name
         self._engine = engine
+        self._source = source or FolderWeights(Path())
         self._renderer = renderer
         self._client = AsyncClient(
             addresses,
@@ -137,6 +142,7 @@ class ActorWorker:
                 task.cancel()
             ends = await asyncio.gather(stopping, *tasks, return_exceptions=True)
             await self._environments.aclose()
+            await self._source.aclose()
             await self._engine.aclose()
         if self._failure is not None:
             raise self._failure
@@ -332,11 +338,12 @@ class ActorWorker:
     def _want(self, manifest: Manifest) -> None:
         """Note the newest announced version; the loader coalesces bursts."""
         self._wanted = manifest
+        self._source.announce(manifest)
         self._is_version_wanted.set()
 
     async def _take_versions(self) -> None:
         """Load announced versions, newest first; a version that is gone is skipped for a newer one."""
-        num_failures = 0
+        failures = Failures()
         while True:
             await self._is_version_wanted.wait()
             self._is_version_wanted.clear()
@@ -344,23 +351,62 @@ class ActorWorker:
             if manifest is None or manifest.version == self._engine.version:
                 continue
             try:
-                await self._engine.update_weights(manifest)
-            except WeightsError as error:
-                num_failures += 1
-                wait_s = RETRY_VERSION_S[min(num_failures, len(RETRY_VERSION_S)) - 1]
-                log.warning("version %s not taken, next try in %g s: %s", manifest.version, wait_s, error)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._is_version_wanted.wait(), wait_s)
+                await self._source.fetch(manifest)
+                await self._update(manifest)
+            except SupersededError:
                 self._is_version_wanted.set()
                 continue
-            num_failures = 0
+            except WeightsError as error:
+                wait_s, is_told = failures.failed(str(error))
+                log.log(
+                    logging.WARNING if is_told else logging.DEBUG,
+                    "version %s not taken, failure %d in a row, next try in %g s: %s",
+                    manifest.version,
+                    failures.num_in_row,
+                    wait_s,
+                    error,
+                )
+                await self._wait_to_retry(wait_s, failures)
+                self._is_version_wanted.set()
+                continue
+            failures.worked()
             old, self._has_version = self._has_version, asyncio.Event()
             old.set()
 
+    async def _wait_to_retry(self, wait_s: float, failures: Failures) -> None:
+        """Wait after a failure; the first announcement of a row of failures ends the wait at once."""
+        if not failures.is_wait_cuttable:
+            await asyncio.sleep(wait_s)
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._is_version_wanted.wait(), wait_s)
+            failures.cut()
+
+    async def _update(self, manifest: Manifest) -> None:
+        """Let the engine take a version up, and tell it of newer ones meanwhile: it may put that off."""
+        update = asyncio.create_task(self._engine.update_weights(manifest))
+        try:
+            while not update.done():
+                newer = asyncio.create_task(self._is_version_wanted.wait())
+                await asyncio.wait({update, newer}, return_when=asyncio.FIRST_COMPLETED)
+                newer.cancel()
+                if not update.done() and self._wanted is not None:
+                    self._is_version_wanted.clear()
+                    with contextlib.suppress(WeightsError):  # it is fetched again when its turn comes
+                        newest = self._wanted
+                        await self._source.fetch(newest)
+                        self._engine.announce(newest)
+            update.result()
+        finally:
+            update.cancel()
+            if self._wanted is not manifest:
+                self._is_version_wanted.set()
+
     async def _wait_for_version(self, version: Version) -> None:
-        """Return once the engine is at ``version`` or newer."""
+        """Return once the engine is at ``version`` or newer; servers may also get there by themselves."""
         while self._engine.version < version:
-            await self._has_version.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_version.wait(), self._config.transport.heartbeat_s)
 
     # --------------------------------------------------------------------------------------------- heartbeats
 
@@ -373,7 +419,40 @@ class ActorWorker:
             await asyncio.sleep(self._config.transport.heartbeat_s / 2)
 
     def _counters(self) -> dict[str, float]:
-        return self._meter.counters() | self._environments.counters()
+        around = self._meter.counters() | self._environments.counters() | self._source.counters()
+        return around | self._engine.extra_counters
+
+
+async def _open_engine(config: Config, run_dir: Path, name: str, root: Path) -> Engine:
+    """Return what this actor generates with.
+
+    Args:
+        config: the run's configuration.
+        run_dir: run folder.
+        name: this actor's name.
+        root: folder that the shards of manifests are relative to.
+
+    Raises:
+        InputError: the model cannot be loaded, or a server is not what this run needs.
+        EngineError: no server answered in time.
+    """
+    model_dir = run_dir / "model"
+    if config.engine.kind == "sglang":
+        from cod_async.engines.sglang.dealing import deal_servers
+        from cod_async.engines.sglang.engine import SGLangEngine
+
+        servers = deal_servers(config, run_dir, name)
+        try:
+            return await SGLangEngine.open(servers, config, run_dir=run_dir, model_dir=model_dir, root=root)
+        except EngineMismatchError as error:  # starting this actor again would not help
+            raise InputError(str(error)) from error
+    import torch
+
+    from cod_async.engines.embedded import load_engine
+
+    torch.set_num_threads(config.engine.num_threads)
+    max_context_tokens = config.model.max_context_tokens
+    return load_engine(model_dir, config.engine, max_context_tokens=max_context_tokens, run_dir=root)
 
 
 def run_actor(run_dir: Path, name: str) -> int:
@@ -384,28 +463,18 @@ def run_actor(run_dir: Path, name: str) -> int:
         name: unique name, for example ``actor-0``.
 
     Raises:
-        InputError: the run folder is not one, or its model cannot be loaded.
+        InputError: the run folder is not one, its model cannot be loaded, or its servers do not fit.
+        EngineError: no server answered in time.
         ProtocolRefusedError: the coordinator speaks another protocol or serves another run.
     """
-    import torch
-
-    from cod_async.engines.embedded import load_engine
-
     config = load_resolved(run_dir)
-    if config.engine.kind != "embedded":
-        raise InputError(f"engine.kind is {config.engine.kind!r}; this version plays with 'embedded' only")
-    torch.set_num_threads(config.engine.num_threads)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
     async def work() -> int:
-        engine = load_engine(
-            run_dir / "model",
-            config.engine,
-            max_context_tokens=config.model.max_context_tokens,
-            run_dir=run_dir,
-        )
+        source = open_weights_source(config, run_dir, name)
+        engine = await _open_engine(config, run_dir, name, source.root)
         renderer = load_renderer(run_dir / "model", config.model.renderer)
         run, addresses = config.run.name, address_source(run_dir)
-        return await ActorWorker(config, run, name, engine, renderer, addresses).run()
+        return await ActorWorker(config, run, name, engine, renderer, addresses, source).run()
 
     return asyncio.run(work())

@@ -41,8 +41,14 @@ def plan(config: Config) -> dict[str, Any]:
     num_steps = config.run.num_steps
     return {
         "config_digest": config_digest(config),
-        "processes": {"coordinator": 1, "learner": 1, "actors": config.actors.num_processes},
-        "threads": config.actors.num_processes * config.engine.num_threads + config.learner.num_threads,
+        "processes": {
+            "coordinator": 1,
+            "learner": 1,
+            "actors": config.actors.num_processes,
+            "engines": _num_started(config),
+        },
+        "threads": (config.actors.num_processes + _num_started(config)) * config.engine.num_threads
+        + config.learner.num_threads,
         "lifecycles_at_once": at_once,
         "environments": environments,
         "per_step": per_step,
@@ -66,6 +72,45 @@ def plan(config: Config) -> dict[str, Any]:
         if config.evaluation.is_enabled
         else 0,
         "model": _model(config),
+        "engine": _engine(config),
+    }
+
+
+def _num_started(config: Config) -> int:
+    """Return the number of servers that the launcher will start."""
+    is_starting = config.engine.kind == "sglang" and not config.engine.urls
+    return config.engine.server.num_servers if is_starting else 0
+
+
+def _engine(config: Config) -> dict[str, Any]:
+    """Return what generates, where, and how new weights get there; asks the interpreter of started servers.
+
+    Raises:
+        InputError: that interpreter cannot start one.
+    """
+    engine, weights = config.engine, config.weights
+    answer: dict[str, Any] = {
+        "kind": engine.kind,
+        "max_running": engine.max_running,
+        "on_publish": engine.on_publish,
+    }
+    if engine.kind == "embedded":
+        return answer | {"weights": weights.source}
+    from cod_async.launch.engines import inspect_engine
+
+    answer["weights"] = f"{weights.source}, then {weights.into_engine}"
+    names = list(engine.urls) or [f"engine-{index}" for index in range(engine.server.num_servers)]
+    num_actors = config.actors.num_processes
+    answer["servers"] = {f"actor-{index}": names[index::num_actors] for index in range(num_actors)}
+    if engine.urls:
+        return answer
+    interpreter = inspect_engine(config)
+    return answer | {
+        "listening_at": f"{engine.server.host}, free ports",
+        "python": interpreter.python,
+        "sglang": interpreter.release,
+        "torch": interpreter.torch,
+        "device": "cuda" if interpreter.has_cuda else "cpu",
     }
 
 

@@ -21,7 +21,9 @@ from cod_async.observe.summary import TAUGHT_TITLE
 
 RESUME_MAY_SET = (
     "run.num_steps", "run.early_stop", "run.grace_s", "actors", "observe", "evaluation", "store", "transport",
-    "engine.max_running", "engine.num_threads", "learner.num_threads", "learner.checkpoint_every_steps",
+    "engine.max_running", "engine.num_threads", "engine.urls", "engine.python", "engine.server",
+    "engine.hold_timeout_s",
+    "learner.num_threads", "learner.checkpoint_every_steps",
     "learner.keep_checkpoints", "learner.tokens_per_micro_batch", "weights.keep_versions",
 )  # fmt: skip
 """What ``--set`` may change on ``--resume``: how long and how much at once, never what is being learned."""
@@ -120,6 +122,11 @@ def run_train(
             print_mapping(tree, "resolved configuration")
             print_mapping(steps, f"plan of {run_dir}")
         return 0
+    if config.engine.kind == "sglang":
+        from cod_async.launch.engines import check_engines
+
+        known = [run_dir / "model", *([Path(config.model.path)] if config.model.path else [])]
+        check_engines(config, next((folder for folder in known if folder.is_dir()), None))
     from cod_async.launch.local import train
     from cod_async.observe.summary import read_summary
 

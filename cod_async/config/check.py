@@ -16,7 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cod_async.config.check_engine import engine_problems
+from cod_async.config.check_loss import loss_problems
 from cod_async.config.check_model import model_problems
+from cod_async.config.check_staleness import staleness_problems
+from cod_async.config.check_weights import weights_problems
 from cod_async.config.schema import Config, EnvironmentConfig
 from cod_async.errors import ConfigError, EnvironmentInputError, InputError, StoreError
 
@@ -53,8 +57,9 @@ def check(config: Config, *, for_train: bool = True, needs_weights: bool | None 
     """
     model = partial(model_problems, needs_weights=for_train if needs_weights is None else needs_weights)
     rules: list[Callable[[Config], Problems]] = [
-        _environments, _lifecycle, model, _bootstrap, _engine, _transport, _staleness, _groups,
-        _credit_assignment, _learner, _early_stop,
+        _environments, _lifecycle, model, _bootstrap, partial(engine_problems, for_train=for_train),
+        _transport, _staleness, staleness_problems, _groups, _credit_assignment, loss_problems, _learner,
+        weights_problems, _early_stop,
     ]  # fmt: skip
     if for_train:
         rules += [_train_only, _evaluation, _port, _output_dir]
@@ -140,10 +145,10 @@ def _data_sizes(spec: EnvironmentSpec, options: dict[str, Any]) -> dict[str, int
 
 def _lifecycle(config: Config) -> Problems:
     lifecycle, context = config.lifecycle, config.model.max_context_tokens
-    if lifecycle.carry == "transcript" and config.engine.on_publish == "at_episode_boundary":
+    if lifecycle.carry == "transcript" and config.engine.on_publish == "at_segment_boundary":
         yield (
-            'engine.on_publish: "at_episode_boundary" has no boundary to wait for with lifecycle.carry = '
-            '"transcript", whose conversation spans the lifecycle; use "in_place" or "recompute"'
+            'engine.on_publish: "at_segment_boundary" has no boundary to wait for with lifecycle.carry = '
+            '"transcript", whose conversation spans the lifecycle; use "in_place" or "retract"'
         )
     if lifecycle.has_transcript_updates and lifecycle.carry != "transcript":
         yield (
@@ -250,14 +255,6 @@ def _documents(config: Config) -> Problems:
         yield f"bootstrap.also: gives bootstrap documents, but {reason}; remove it, or change that"
 
 
-def _engine(config: Config) -> Problems:
-    engine = config.engine
-    if engine.kind == "sglang":
-        yield 'engine.kind: found "sglang", which this version cannot drive yet; use "embedded"'
-    elif engine.urls:
-        yield f'engine.urls: {len(engine.urls)} given, but engine.kind = "embedded" uses none; remove them'
-
-
 def _transport(config: Config) -> Problems:
     transport = config.transport
     needed = MIN_HEARTBEATS * transport.heartbeat_s
@@ -359,8 +356,6 @@ def _learner(config: Config) -> Problems:
     for index, beta in enumerate(learner.betas):
         if beta >= 1:
             yield f"learner.betas.{index}: {beta:g} never forgets; use a value under 1"
-    if config.loss.clip == "ppo" and config.loss.eps_low >= 1:
-        yield f"loss.eps_low: {config.loss.eps_low:g} clips nothing, ratios are above 0; use a value under 1"
 
 
 def _early_stop(config: Config) -> Problems:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from cod_async.config import schema
+from cod_async.config.loss import BY_PRESET, LossConfig
 
 _HEAD = """# Configuration
 
@@ -52,12 +53,14 @@ def _type_text(section: type[msgspec.Struct], name: str) -> str:
     raise KeyError(name)
 
 
-def _default_text(field: msgspec.structs.FieldInfo) -> str:
+def _default_text(section: type[msgspec.Struct], field: msgspec.structs.FieldInfo) -> str:
     default: Any = field.default
     if field.default_factory is not msgspec.NODEFAULT:
         default = field.default_factory()
     if default is msgspec.NODEFAULT:
         return "required"
+    if section is LossConfig and default is BY_PRESET:
+        return "by preset"
     return f"`{msgspec.json.encode(default).decode()}`"
 
 
@@ -75,7 +78,7 @@ def _rows(section: type[msgspec.Struct], path: str) -> list[str]:
             inner += _rows(field.type, f"{path}.{field.name}")
         else:
             kind, meaning = _type_text(section, field.name), prose[field.name].replace("|", "\\|")
-            lines.append(f"| `{field.name}` | {kind} | {_default_text(field)} | {meaning} |")
+            lines.append(f"| `{field.name}` | {kind} | {_default_text(section, field)} | {meaning} |")
     return [*lines, *inner]
 
 

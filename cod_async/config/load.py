@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import msgspec
 
+from cod_async.config.presets import own_values
 from cod_async.config.schema import Config
 from cod_async.config.validate import find_problems
 from cod_async.durable import write_atomic as write_atomic
@@ -26,6 +27,8 @@ from cod_async.errors import ConfigError
 
 RESOLVED_NAME = "config.json"
 """Name of the resolved configuration inside a run folder."""
+PRESET_PATH = "loss.preset"
+"""The one setting that stands for others."""
 _BARE_WORD = re.compile(r"^[A-Za-z0-9_./~:+-]+$")
 _INDEX = re.compile(r"^[0-9]{1,9}$")
 _MAX_FILE_BYTES = 16 << 20
@@ -67,9 +70,9 @@ def read_config(
         data = _read_file(Path(path), problems)
         if data is not None:
             _anchor_paths(data, Path(path).parent)
+            _drop_old_recipe(tree, data.get("loss"))
             tree = _merge(tree, data)
-    for override in overrides:
-        _apply_override(tree, override, problems)
+    _apply_overrides(tree, overrides, problems)
     if problems and not tree:
         return None, problems
     found = find_problems(tree)
@@ -90,8 +93,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """
     problems: list[str] = []
     tree = to_tree(config)
-    for override in overrides:
-        _apply_override(tree, override, problems)
+    _apply_overrides(tree, overrides, problems)
     return _to_config(tree, problems)
 
 
@@ -229,6 +231,18 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _drop_old_recipe(tree: dict[str, Any], new: Any) -> None:
+    """Where ``new`` names a loss preset, take from the tree what only an earlier preset said.
+
+    A resolved configuration writes every number down. Those that are the old preset's own are no overrides.
+    """
+    old = tree.get("loss")
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return
+    if "preset" in new and new["preset"] != old.get("preset", "paper"):
+        tree["loss"] = own_values(old)
+
+
 def _parse_value(text: str) -> Any:
     """Parse a TOML value; a bare word is text.
 
@@ -248,6 +262,12 @@ def _parse_value(text: str) -> Any:
     raise ValueError("not a TOML value")
 
 
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> None:
+    """Apply overrides left to right, those of ``loss.preset`` first: the others say what differs from it."""
+    for override in sorted(overrides, key=lambda text: override_path(text) != PRESET_PATH):
+        _apply_override(tree, override, problems)
+
+
 def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
     path, sign, text = override.partition("=")
     keys = path.strip().split(".")
@@ -263,6 +283,8 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
             f'--set {override}: {error}; write for example run.name="trial" or learner.betas=[0.9, 0.95]'
         )
         return
+    if ".".join(keys) == PRESET_PATH:
+        _drop_old_recipe(tree, {"preset": value})
     node: Any = tree
     for depth, key in enumerate(keys):
         is_leaf = depth == len(keys) - 1

@@ -11,15 +11,22 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0, le=10_000_000)]
-Fraction = Annotated[float, Meta(ge=0, le=1)]
-NonNegative = Annotated[float, Meta(ge=0, le=1e12)]
-PositiveFloat = Annotated[float, Meta(gt=0, le=1e12)]
+from cod_async.config.fields import Count as Count
+from cod_async.config.fields import Fraction as Fraction
+from cod_async.config.fields import NonNegative as NonNegative
+from cod_async.config.fields import Positive as Positive
+from cod_async.config.fields import PositiveFloat as PositiveFloat
+from cod_async.config.fields import Seconds as Seconds
+from cod_async.config.loss import LossConfig as LossConfig
 
 PackStrategy = Literal["cod", "ralph_sample", "ralph_full"]
 """``cod``: a pack is S different tasks; the Ralph strategies repeat one task S times."""
+
+
+OnPublish = Literal["auto", "in_place", "retract", "wait", "at_segment_boundary"]
+"""``in_place``: go on with the old KV cache; ``retract``: compute it again under the new weights; ``wait``:
+switch when the running completions are done, new ones wait; ``at_segment_boundary``: switch when the running
+episodes are done, new ones wait; ``auto``: ``in_place`` embedded, ``retract`` with SGLang."""
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -187,27 +194,78 @@ class BootstrapConfig(_Section, frozen=True, kw_only=True):
     """Shape of the model."""
 
 
+class ServerConfig(_Section, frozen=True, kw_only=True):
+    """SGLang servers that the launcher starts, and what actors expect of any server."""
+
+    num_servers: Positive = 1
+    """Servers started by the launcher when ``engine.urls`` is empty; at least one per actor process."""
+    host: str = "127.0.0.1"
+    """Address that started servers listen on."""
+    args: tuple[str, ...] = ()
+    """More arguments for ``sglang.launch_server``, for example ``["--tp-size", "2"]``."""
+    api_key_env: str = ""
+    """Environment variable with the api key of attached servers; started ones get a key of their own."""
+    admin_key_env: str = ""
+    """Environment variable with the admin key of attached servers; empty: the api key."""
+    has_streaming: bool = True
+    """Read completions as a stream, so that one that stalls is noticed after ``stall_timeout_s``."""
+    start_timeout_s: Seconds = 600.0
+    """A started server must answer within this time."""
+    connect_timeout_s: Seconds = 10.0
+    """Longest time to open a connection."""
+    stall_timeout_s: Seconds = 120.0
+    """Longest silence of a stream; without streaming, of a server that does not answer its probe."""
+    request_timeout_s: Seconds = 3600.0
+    """Longest completion."""
+    control_timeout_s: Seconds = 60.0
+    """Longest answer to a control request (pause, flush, abort, information)."""
+    update_timeout_s: Seconds = 600.0
+    """Longest single step of a weight update (one bucket, one load from disk)."""
+    probe_every_s: Seconds = 2.0
+    """Interval of health probes."""
+    probe_timeout_s: Seconds = 10.0
+    """A probe that takes longer has failed."""
+    max_failed_probes: Positive = 3
+    """So many failed probes in a row mean that a server is dead or wedged: its requests move to others, and
+    the launcher restarts it."""
+    down_timeout_s: Seconds = 900.0
+    """A request waits this long for any server to be usable, then its episode fails as infrastructure."""
+
+
 class EngineConfig(_Section, frozen=True, kw_only=True):
     """Generation."""
 
     kind: Literal["embedded", "sglang"] = "embedded"
     """``embedded``: batched torch generation inside the actor; ``sglang``: SGLang servers."""
     urls: tuple[str, ...] = ()
-    """SGLang servers to attach to."""
+    """SGLang servers to attach to; empty: the launcher starts ``server.num_servers``."""
+    python: str = ""
+    """Interpreter of an environment with sglang, for started servers; empty: this one. A relative path in a
+    file counts from the working folder."""
     max_running: Positive = 128
-    """Sequences decoded at once."""
+    """Sequences decoded at once, per server."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; log-probs are of the tempered distribution."""
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Nucleus cut; values under 1 make the log-probs wrong for training and are refused by ``train``."""
-    on_publish: Literal["in_place", "recompute", "at_episode_boundary"] = "in_place"
-    """What happens to running sequences when weights change: go on with the old KV cache; recompute it; hold
-    the switch back until running episodes are done (new ones wait)."""
+    on_publish: OnPublish = "auto"
+    """What happens to running sequences when weights change; see :data:`OnPublish`."""
+    hold_timeout_s: Seconds = 600.0
+    """Longest time that ``wait`` and ``at_segment_boundary`` hold a switch back; then it is forced, with
+    ``retract``."""
+    max_reprefill_frac: PositiveFloat = 0.1
+    """With ``retract`` and SGLang: a switch is put off while recomputing the running sequences would cost
+    more than this share of the tokens generated since the last one."""
+    max_versions_behind: Positive = 4
+    """A server that is more publications behind than this gets no new requests until it has caught up, and
+    no switch is put off for longer."""
     is_batch_invariant: bool = False
-    """Compute in fixed shapes so that a sequence's tokens and log-probs do not depend on what runs beside it;
-    slower."""
+    """Embedded: compute in fixed shapes so that a sequence's tokens and log-probs do not depend on what runs
+    beside it; slower."""
     num_threads: Positive = 1
-    """OpenMP threads of the actor process."""
+    """OpenMP threads of the actor process and of started servers."""
+    server: ServerConfig = ServerConfig()
+    """SGLang servers."""
 
 
 class ActorsConfig(_Section, frozen=True, kw_only=True):
@@ -268,7 +326,22 @@ class StalenessConfig(_Section, frozen=True, kw_only=True):
     0 when max_lag is 0. The difference to ``max_lag`` is the slack for slow groups."""
     on_bound: Literal["wait", "expire"] = "wait"
     """``wait``: the learner pauses before a step that would push running work past the bound. ``expire``:
-    drop it."""
+    at the last step that can still use a group, what of it is still running is dropped (``stale``)."""
+    admission: Literal["forecast", "capacity"] = "forecast"
+    """What decides, beside the bound itself, whether work is started under ``expire``. ``forecast``: how long
+    lifecycles take, learned while running: nothing is started that would push running work past the bound,
+    nor what cannot finish within it. ``capacity``: ``plan_ahead_steps`` alone."""
+    forecast_quantile: Annotated[float, Meta(ge=0.5, lt=1)] = 0.9
+    """Share of groups that finish within their forecast."""
+    window_groups: Count = 0
+    """A step takes closed groups among so many oldest started ones only; 0: no window."""
+    max_version_spread: Count | None = None
+    """Most steps between the oldest and the newest version inside a segment that is trained; others are
+    dropped (``version_spread``). Unset: no cap."""
+    mix_window_steps: Positive = 50
+    """Trained and generated mix of positions and lengths are compared over this many steps."""
+    mix_warning_frac: Fraction = 0.05
+    """Event ``mix_parted`` when the two mixes differ by more than this share (total variation)."""
 
 
 class GroupsConfig(_Section, frozen=True, kw_only=True):
@@ -281,8 +354,14 @@ class GroupsConfig(_Section, frozen=True, kw_only=True):
     """Members needed for ``quorum``."""
     after_s: NonNegative = 0.0
     """Seconds from the group's first lease before a quorum may close it."""
+    late: Literal["train", "drop"] = "train"
+    """Members that still run when a quorum closes their group: ``train`` lets them end and trains them
+    against the frozen baseline; ``drop`` ends them (``late_group``)."""
     deadline_s: Seconds = 600.0
     """A lifecycle that has not ended this long after its lease is given up (``deadline``)."""
+    overdue_factor: NonNegative = 0.0
+    """A lifecycle that the learner waits for is given up (``overdue``) once it takes this many times the
+    ``staleness.forecast_quantile`` of its environment's lifecycles; 0: never, only ``deadline_s`` ends it."""
 
 
 class CreditAssignmentConfig(_Section, frozen=True, kw_only=True):
@@ -306,22 +385,37 @@ class CreditAssignmentConfig(_Section, frozen=True, kw_only=True):
     """Reproduce the reference's coarse bisection instead of the exact root."""
 
 
-class LossConfig(_Section, frozen=True, kw_only=True):
-    """The token loss."""
+class ReplayConfig(_Section, frozen=True, kw_only=True):
+    """Training on groups again while they are within ``staleness.max_lag``."""
 
-    clip: Literal["one_side", "ppo", "none"] = "one_side"
-    """``one_side``: the paper's mask without importance weight; ``ppo``: clipped ratio; ``none``: policy
-    gradient."""
-    eps_low: NonNegative = 0.2
-    """Lower clip: a ratio current / behaviour below ``1 - eps_low`` ends a negative advantage's pull."""
-    eps_high: NonNegative = 0.2
-    """Upper clip: a ratio above ``1 + eps_high`` ends a positive advantage's pull."""
-    behavior_weight: Literal["none", "truncated"] = "none"
-    """Multiply by min(current / behaviour, ``weight_cap``), stop-gradient."""
-    weight_cap: PositiveFloat = 2.0
-    """Ceiling of the behaviour weight."""
-    kl_coef: NonNegative = 0.0
-    """Weight of the sampled k3 divergence to the starting model; 0 skips the reference pass."""
+    max_uses: Positive = 1
+    """Steps that may use a segment, the first one included; 1: no replay."""
+    groups_per_step: Count = 0
+    """Most groups that a step uses again, beside ``learner.groups_per_step`` new ones."""
+    use_penalty: NonNegative = 2.0
+    """Steps of age that every earlier use of a group counts as."""
+    sigma: NonNegative = 2.0
+    """Standard deviation, in steps, of the noise on a group's priority (the paper's recipe)."""
+
+
+class AutopilotConfig(_Section, frozen=True, kw_only=True):
+    """Lag that follows the learner's health: less when its data became too old to use, else more."""
+
+    is_enabled: bool = False
+    """Whether the lag is steered between ``min_lag`` and ``staleness.max_lag`` at all."""
+    min_lag: Count = 0
+    """Least lag that it may ask for, in steps."""
+    window_steps: Positive = 5
+    """Steps in a row that must agree before anything changes, and between two changes."""
+    min_ess_frac: Fraction = 0.5
+    """Brake below this effective sample size, as a share of the tokens (``learner/ess_frac``)."""
+    ess_margin_frac: Fraction = 0.1
+    """Let out more lag only while the share is at least this far above ``min_ess_frac``."""
+    max_masked_frac: Fraction = 0.1
+    """Brake above this share of masked tokens of either sign (``learner/masked_positive_frac``,
+    ``learner/masked_negative_frac``); let out more lag only at half of it."""
+    retry_steps: Positive = 100
+    """A lag that had to be braked is tried again after so many steps."""
 
 
 class LearnerConfig(_Section, frozen=True, kw_only=True):
@@ -329,6 +423,9 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
 
     groups_per_step: Positive = 16
     """Closed groups per optimiser step."""
+    minibatches_per_step: Positive = 1
+    """Cut each step's plan into this many parts, by lifecycles and with about equal action tokens, and take
+    one optimiser step on each; they make one policy version together."""
     tokens_per_micro_batch: Positive = 16384
     """Token budget of a micro-batch, padding included."""
     lr: PositiveFloat = 1e-6
@@ -356,6 +453,25 @@ class WeightsConfig(_Section, frozen=True, kw_only=True):
     """Optimiser steps between publications."""
     keep_versions: Annotated[int, Meta(ge=2)] = 4
     """Published versions kept on disk."""
+    source: Literal["folder", "pull"] = "folder"
+    """How actors get published files: ``folder``, from the run folder, which they share; ``pull``, over the
+    network from ``cod weights``, for actors that share no disk."""
+    serve: str = "tcp://127.0.0.1:0"
+    """With ``pull``: address that the run's weight server listens on, loopback; port 0 takes a free one."""
+    pull_from: str = ""
+    """With ``pull``: address of a relay on the actor's host; empty: the run's own server."""
+    cache_dir: str = ""
+    """With ``pull``: local folder for pulled files; empty: a folder of the actor's own."""
+    into_engine: Literal["disk", "group", "ipc"] = "disk"
+    """How SGLang takes weights up: ``disk``, it reads the files; ``group``, the actor broadcasts them over a
+    process group (gloo on a CPU, NCCL on GPUs); ``ipc``, the actor hands over CUDA memory on one host."""
+    bucket_bytes: Annotated[int, Meta(ge=1 << 10)] = 512 << 20
+    """With ``group`` and ``ipc``: most bytes per message."""
+    is_checked: bool = True
+    """Compare the server's checksums of all parameters with the published weights after every update."""
+    has_deltas: bool = False
+    """Also publish what changed since the version before, for ``pull``: changed elements alone when they are
+    few, checked against the digest of a declared base."""
 
 
 class EvaluationConfig(_Section, frozen=True, kw_only=True):
@@ -404,6 +520,8 @@ class Config(_Section, frozen=True, kw_only=True):
     staleness: StalenessConfig = StalenessConfig()
     groups: GroupsConfig = GroupsConfig()
     credit_assignment: CreditAssignmentConfig = CreditAssignmentConfig()
+    replay: ReplayConfig = ReplayConfig()
+    autopilot: AutopilotConfig = AutopilotConfig()
     loss: LossConfig = LossConfig()
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()

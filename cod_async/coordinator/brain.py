@@ -273,6 +273,7 @@ class Brain:
             for group, state, _ in self._store.work.untrained():
                 if state != "planned":
                     self._grouping.drop(group, "run_over")
+            self._grouping.drop_segments(self._store.segments.unsettled(), "run_over")  # of late members
 
     def status(self) -> dict[str, Any]:
         """Return the JSON-able numbers of the present moment; rates are the caller's business."""
@@ -294,4 +295,5 @@ class Brain:
             "drops": dict(core.dropped),
             "is_learner_waiting": self._training.is_learner_waiting,
             "waits_for": self._selection.waits_for if self._training.is_learner_waiting else "",
+            "lag_limit_steps": core.limits.admission_lag,
         }

@@ -7,10 +7,13 @@ start-up, or a monotonic time, or something that clients will say again after a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cod_async.config.schema import Config
+from cod_async.coordinator.forecast import Forecast
+from cod_async.coordinator.health import Health
+from cod_async.coordinator.mix import MixCounts, Place
 from cod_async.coordinator.planner import Limits
 from cod_async.lifecycle.segment import Version
 from cod_async.store.database import RunStore
@@ -70,7 +73,14 @@ class Core:
         self.config = config
         self.run = run
         self.now = now
-        self.limits = Limits.of(config)
+        self.forecast = Forecast(config.staleness.forecast_quantile, now)
+        self.health = Health(config)
+        self.dropped_tokens: Counter[str] = Counter()
+        """Action tokens dropped since the last plan, by reason."""
+        self.dropped_mix = MixCounts()
+        """Committed segments dropped since the last plan."""
+        self.waits_for = ""
+        """What the learner's parked request waits for; empty when none is parked."""
         self.out = Outbox()
         self.sessions: dict[int, tuple[Role, str]] = {}
         self.tally: Counter[str] = Counter()
@@ -91,6 +101,8 @@ class Core:
             self.step = history.current_step(self.tree.current)
             newest = self.tree.newest_published()
             self.manifest = None if newest is None else history.manifest(newest)
+            window = self.config.staleness.mix_window_steps
+            self.health.restore(history.recent_reports(Version(self.tree.current, self.step), window))
         self.sessions = {row.session: (row.role, row.name) for row in self.store.sessions.live()}
         self.finished = self.store.get_meta("finished") or None
         for fate, (num_segments, _) in self.store.segments.totals().items():
@@ -100,6 +112,11 @@ class Core:
     def changed(self) -> None:
         """Note that a waiting request may be answerable now: leases, groups, versions or steps changed."""
         self.generation += 1
+
+    @property
+    def limits(self) -> Limits:
+        """What admission and selection obey now; the autopilot may have lowered the lag."""
+        return self.health.limits
 
     @property
     def version(self) -> Version | None:
@@ -114,7 +131,25 @@ class Core:
         """Return the live sessions of a role."""
         return [session for session, (its_role, _) in self.sessions.items() if its_role == role]
 
-    def count_drop(self, reason: str, num_segments: int, num_tokens: int) -> None:
-        """Count dropped segments and their action tokens for the status line."""
+    def count_drop(
+        self, reason: str, num_segments: int, num_tokens: int, places: Sequence[Place] = ()
+    ) -> None:
+        """Count dropped segments and their action tokens for the status line and the next step's report.
+
+        Args:
+            reason: why.
+            num_segments: how many.
+            num_tokens: their action tokens.
+            places: of those that count as generated: committed, and not played again in their own place.
+        """
         self.dropped[reason] += num_segments
         self.tally["dropped_tokens"] += num_tokens
+        self.dropped_tokens[reason] += num_tokens
+        self.dropped_mix.count(places, is_trained=False)
+
+    def take_drops(self) -> tuple[dict[str, int], MixCounts]:
+        """Return what was dropped since the last call, and begin to count anew."""
+        tokens = {reason: num for reason, num in sorted(self.dropped_tokens.items()) if num}
+        mix = self.dropped_mix
+        self.dropped_tokens, self.dropped_mix = Counter(), MixCounts()
+        return tokens, mix

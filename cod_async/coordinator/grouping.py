@@ -2,10 +2,14 @@
 name.
 
 ``close = all``: a group closes when every member has ended or was given up. ``close = quorum``: also when
-enough members have ended and ``after_s`` have passed since the group's first lease; the others are fenced and
-dropped as ``late_group``. A segment without an equal to compare with is dropped as ``singleton_group``; one
-whose return never closed is dropped for the reason its lifecycle was given up; one without generated tokens
-counts for its lifecycle's returns but has nothing to train on (``no_action_tokens``).
+enough members have ended and ``after_s`` have passed since the group's first lease. The others are *late*:
+they play on and are credited against the frozen baseline when they end, or, with ``late = drop``, they are
+fenced and dropped as ``late_group``. A late lifecycle is never handed out again.
+
+A segment without an equal to compare with is dropped as ``singleton_group``; one whose return never closed is
+dropped for the reason its lifecycle was given up; one without generated tokens counts for its lifecycle's
+returns but has nothing to train on (``no_action_tokens``), and so does one with tokens of versions too far
+apart (``version_spread``).
 """
 
 from __future__ import annotations
@@ -14,13 +18,19 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cod_async.algo.credit import MemberRewards, credit_group
+from cod_async.algo.advantages import GroupBaseline
+from cod_async.algo.credit import MemberRewards, credit_group, credit_member
 from cod_async.config.schema import Config, CreditAssignmentConfig
 from cod_async.coordinator.core import Core
+from cod_async.coordinator.mix import Place
 from cod_async.lifecycle.segment import SegmentKey
 from cod_async.store.segments import SegmentRow
-from cod_async.store.work import LeaseRow
+from cod_async.store.work import GroupRow, LeaseRow
 from cod_async.wire.messages import LeaseRef
+
+_Frozen = list[tuple[str, int, GroupBaseline]]
+MIN_COMPARED = 2
+"""Members that a baseline needs."""
 
 
 def credit_settings(config: Config) -> CreditAssignmentConfig:
@@ -67,27 +77,59 @@ class Grouping:
         running = [lease for lease in leases if lease.state in ("free", "held")]
         if running and not self._has_quorum(group, leases):
             return
-        for lease in running:
-            self._cut_off(lease, "late_group")
+        self._leave_behind(running, "late_group")
+        self._close(group, row.pack_size)
+
+    def settled(self, group: int, member: int) -> None:
+        """A lifecycle ended or was given up: close its group if that is due, or credit it if it came late."""
+        row = self._core.store.work.group(group)
+        if row is not None and row.state == "open":
+            self.maybe_close(group)
+        elif row is not None:
+            self._credit_late(row, member)
+
+    def can_close_now(self, group: int) -> bool:
+        """Whether enough members of an open group have ended for a baseline."""
+        leases = self._core.store.work.leases(group)
+        num_ended = sum(lease.state == "ended" for lease in leases)
+        return num_ended >= min(MIN_COMPARED, self._core.config.lifecycle.group_size)
+
+    def close_now(self, group: int) -> None:
+        """Close an open group with the members that have ended, because only the next step can use it.
+
+        Those still running are late if the group's rule knows late members, else they are dropped as
+        ``stale``.
+        """
+        row = self._core.store.work.group(group)
+        if row is None or row.state != "open":
+            return
+        leases = self._core.store.work.leases(group)
+        self._leave_behind([lease for lease in leases if lease.state in ("free", "held")], "stale")
         self._close(group, row.pack_size)
 
     def drop(self, group: int, reason: str) -> None:
         """Give up a whole group: running lifecycles are fenced, what is not trained is dropped."""
-        for lease in self._core.store.work.leases(group):
-            if lease.state in ("free", "held"):
-                self._cut_off(lease, reason)
-        rows = self._core.store.segments.of_group(group)
-        self._drop_segments([row.key for row in rows], reason)
+        self._cut_off_all(group, reason)
+        self.drop_segments([row.key for row in self._core.store.segments.of_group(group)], reason)
         self._core.store.work.set_group_state(group, "dropped", reason)
         self._forget_clock(group)
         self._core.changed()
 
     def drop_stale_segments(self, group: int, keys: Sequence[SegmentKey]) -> None:
         """Drop the segments of a closed group that became too old; without any left the group is dropped."""
-        self._drop_segments(keys, "stale")
+        self.drop_segments(keys, "stale")
         self._core.changed()
-        if not self._core.store.segments.oldest_ready(group):
+        if not self._core.store.segments.oldest_versions(group, "ready"):
+            self._end_late(group)
             self._core.store.work.set_group_state(group, "dropped", "stale")
+
+    def drop_segments(self, keys: Sequence[SegmentKey], reason: str) -> None:
+        """Drop segments that wait or are ready, and count them."""
+        dropped = self._core.store.segments.drop(keys, reason)
+        if dropped:
+            num_tokens = sum(one.num_action_tokens for one in dropped)
+            places = [Place(*one) for one in dropped]
+            self._core.count_drop(reason, len(dropped), num_tokens, places)
 
     # -------------------------------------------------------------------------------------------------------
     # closing
@@ -105,18 +147,39 @@ class Grouping:
         self._first_lease_at.pop(group, None)
         self._undue.discard(group)
 
+    def _leave_behind(self, running: Sequence[LeaseRow], reason: str) -> None:
+        """Decide what becomes of the members that run when their group closes."""
+        groups = self._core.config.groups
+        for lease in running:
+            is_late = groups.close == "quorum" and groups.late == "train" and lease.state == "held"
+            if not is_late:  # one that nobody plays cannot come late, it would have to be handed out first
+                self._cut_off(lease, "late_group" if groups.close == "quorum" else reason)
+
+    def _end_late(self, group: int) -> None:
+        """End the late members of a group: what they would be compared with is not trained."""
+        self._cut_off_all(group, "late_group")
+        rows = self._core.store.segments.of_group(group)
+        self.drop_segments([row.key for row in rows if row.state == "waiting"], "late_group")
+
+    def _cut_off_all(self, group: int, reason: str) -> None:
+        for lease in self._core.store.work.leases(group):
+            if lease.state in ("free", "held"):
+                self._cut_off(lease, reason)
+
     def _cut_off(self, lease: LeaseRow, reason: str) -> None:
+        self._core.forecast.gone(lease.group, lease.member, is_cut_off=True)
         if lease.state == "held" and lease.session is not None and self._core.is_live(lease.session):
             ref = LeaseRef(lease.group, lease.member, lease.lease_epoch)
             self._core.out.fence(lease.session, ref, reason)
         self._core.store.work.settle(lease, "given_up", reason)
 
     def _close(self, group: int, pack_size: int) -> None:
-        """Freeze the baseline, credit every segment, drop what cannot be credited."""
+        """Freeze the baseline, credit every segment, drop what cannot be credited; late members play on."""
         store = self._core.store
-        rows = store.segments.of_group(group)
-        reasons = {lease.member: lease.reason for lease in store.work.leases(group)}
-        credited = [row for row in rows if reasons[row.key.member] != "late_group"]
+        leases = {lease.member: lease for lease in store.work.leases(group)}
+        late = {member for member, lease in leases.items() if lease.state == "held"}
+        rows = [row for row in store.segments.of_group(group) if row.key.member not in late]
+        credited = [row for row in rows if leases[row.key.member].reason != "late_group"]
         result = credit_group(_members(credited), pack_size, self._settings)
         credits = {(c.member, c.kind, c.position): c for c in result.episodes}
         is_compared = self._core.config.lifecycle.group_size > 1
@@ -124,17 +187,24 @@ class Grouping:
         dropped: dict[str, list[SegmentKey]] = {}
         for row in rows:
             credit = credits.get((row.key.member, row.kind, row.position))
+            reason = self._unfit(row)
             if credit is None:
-                dropped.setdefault(reasons[row.key.member] or "unfinished", []).append(row.key)
+                dropped.setdefault(leases[row.key.member].reason or "unfinished", []).append(row.key)
             elif is_compared and result.baselines[row.kind, row.position].degenerate == "singleton":
                 dropped.setdefault("singleton_group", []).append(row.key)
-            elif row.num_action_tokens == 0:
-                dropped.setdefault("no_action_tokens", []).append(row.key)
+            elif reason:
+                dropped.setdefault(reason, []).append(row.key)
             else:
                 store.segments.set_ready(row.key, credit.return_, credit.baseline, credit.advantage)
                 num_ready += 1
         for reason, keys in dropped.items():
-            self._drop_segments(keys, reason)
+            self.drop_segments(keys, reason)
+        if late and num_ready:
+            frozen: _Frozen = [(*place, baseline) for place, baseline in sorted(result.baselines.items())]
+            store.work.freeze(group, msgspec.json.encode(frozen).decode())
+            self._core.tally["late_lifecycles"] += len(late)
+        elif late:
+            self._end_late(group)
         store.work.set_group_state(
             group, "closed" if num_ready else "dropped", "" if num_ready else "no_segments"
         )
@@ -142,10 +212,49 @@ class Grouping:
         self._forget_clock(group)
         self._core.changed()
 
-    def _drop_segments(self, keys: Sequence[SegmentKey], reason: str) -> None:
-        num_segments, num_tokens = self._core.store.segments.drop(keys, reason)
-        if num_segments:
-            self._core.count_drop(reason, num_segments, num_tokens)
+    def _credit_late(self, group: GroupRow, member: int) -> None:
+        """Credit a member that came to its end after its group had closed."""
+        store = self._core.store
+        lease = store.work.lease(group.group, member)
+        rows = [row for row in store.segments.of_group(group.group) if row.key.member == member]
+        waiting = [row for row in rows if row.state == "waiting"]
+        if lease is None or not waiting:
+            return
+        text = store.work.frozen(group.group)
+        frozen = msgspec.json.decode(text, type=_Frozen) if text and group.state != "dropped" else []
+        baselines = {(kind, position): baseline for kind, position, baseline in frozen}
+        credits = {
+            (credit.kind, credit.position): credit
+            for one in _members(rows)
+            for credit in credit_member(one, group.pack_size, baselines, self._settings)
+        }
+        dropped: dict[str, list[SegmentKey]] = {}
+        for row in waiting:
+            credit = credits.get((row.kind, row.position))
+            reason = self._unfit(row)
+            if credit is None:  # its return never closed, or nobody who was in time got that far
+                is_alone = lease.state == "ended" and bool(baselines)
+                name = "singleton_group" if is_alone else lease.reason or "late_group"
+                dropped.setdefault(name, []).append(row.key)
+            elif reason:
+                dropped.setdefault(reason, []).append(row.key)
+            else:
+                store.segments.set_ready(
+                    row.key, credit.return_, credit.baseline, credit.advantage, is_late=True
+                )
+        for reason, keys in dropped.items():
+            self.drop_segments(keys, reason)
+        self._core.changed()
+
+    def _unfit(self, row: SegmentRow) -> str:
+        """Return why a segment that has its credit is not trained all the same, or nothing."""
+        if row.num_action_tokens == 0:
+            return "no_action_tokens"
+        cap, tree = self._core.config.staleness.max_version_spread, self._core.tree
+        if cap is None or tree is None:
+            return ""
+        births = [tree.birth(span.version).step for span in row.versions]
+        return "version_spread" if max(births) - min(births) > cap else ""
 
 
 def _members(rows: Sequence[SegmentRow]) -> list[MemberRewards]:

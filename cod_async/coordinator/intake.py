@@ -141,10 +141,12 @@ class Intake:
         core.tally["segments"] += 1
         core.tally["tokens"] += segment.num_tokens
         core.tally["action_tokens"] += segment.num_action_tokens
+        next_ordinal = segment.state_after.next_ordinal
+        core.forecast.sealed(key.group, key.member, next_ordinal, segment.wall_s, segment.is_last)
         if segment.is_last:
             core.store.work.settle(lease, "ended")
             self._leasing.ended(key.group, key.member)
-            self._grouping.maybe_close(key.group)
+            self._grouping.settled(key.group, key.member)
 
     def _follows(self, segment: Segment) -> bool:
         """Whether a segment of a transcript goes on from the conversation that was committed before it."""

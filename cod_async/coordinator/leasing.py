@@ -4,18 +4,24 @@ A lease is fenced by its epoch, which grows whenever the lease is taken away; wh
 epoch changes nothing. A lifecycle that is handed out again goes on after its last committed segment, or, if
 its environment cannot be restored, starts anew, and the segments of the abandoned attempt are dropped
 (``restarted``).
+
+Under ``on_bound = expire`` a *forecast* (:mod:`cod_async.coordinator.forecast`) also has to allow it: a group
+is not started while it would be trained in front of an older one for which it is then too late, and a
+lifecycle is not handed out again when it cannot finish in time. Groups start strictly in order, so one that
+has to wait is not overtaken by others that are shorter.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import NamedTuple
 
 import msgspec
 
 from cod_async.coordinator.core import Core
 from cod_async.coordinator.grouping import Grouping
-from cod_async.coordinator.planner import is_out_of_reach, may_lease
+from cod_async.coordinator.planner import CLOSED, Closing, Running, is_out_of_reach, may_lease, may_start
 from cod_async.envs import registry
 from cod_async.envs.base import canonical_json, environment_errors
 from cod_async.errors import CodError
@@ -32,6 +38,10 @@ PARK_S = 1.0
 MAX_TAKEOVERS = 100
 """A lifecycle whose actors die this often is given up as ``infrastructure``: it may be what kills them."""
 MAX_LEASES_PER_REQUEST = 1024
+PACE_AGE_S = 0.25
+"""A forecast of everything that is under way serves the requests of this long."""
+OVERDUE_INTERVAL_S = 0.25
+"""While the learner waits, lifecycles that take too long are looked for this often."""
 MAX_HELD_PER_HEARTBEAT = 4096
 """A heartbeat that names more leases has only this many of them checked."""
 
@@ -44,6 +54,60 @@ class _Parked(NamedTuple):
     since: float
 
 
+class _Pace:
+    """What is under way, as admission by forecast sees it; good for a moment."""
+
+    def __init__(self, core: Core, published_step: int) -> None:
+        self._core = core
+        self.published_step = published_step
+        self.step = core.step
+        self.made_at = core.now()
+        self._running: dict[int, Running] = {}
+        tree, work = core.tree, core.store.work
+        assert tree is not None  # noqa: S101  (granting needs a lineage)
+        for group, state, floor in work.untrained():
+            if floor is not None and state != "planned":
+                closing: Closing | None = CLOSED
+                row = work.group(group)
+                assert row is not None  # noqa: S101  (it is untrained)
+                if state == "open":
+                    playing = [lease.member for lease in work.leases(group) if lease.state == "held"]
+                    closing = core.forecast.of_running(group, playing)
+                birth = tree.birth(floor).step
+                self._running[group] = Running(birth, closing, self._renewal_s(row))
+
+    def _renewal_s(self, group: GroupRow) -> float:
+        """Return the likely seconds of a whole group of the same environment."""
+        world, size = (group.environment, group.preset), self._core.config.lifecycle.group_size
+        closing = self._core.forecast.of_new(world, size)
+        return math.inf if closing is None else closing.soon_s
+
+    def has_started(self, group: int) -> bool:
+        """Whether a lifecycle of the group was handed out before."""
+        return group in self._running
+
+    def allows(self, row: LeaseRow) -> bool:
+        """Whether a free lifecycle may be handed out; where nothing is known, it may."""
+        core = self._core
+        group = core.store.work.group(row.group)
+        assert group is not None  # noqa: S101  (foreign key)
+        world, limits = (group.environment, group.preset), core.limits
+        mine = self._running.get(row.group)
+        if mine is not None:  # its group is under way and delays nobody any more: only its own time counts
+            closing = core.forecast.of_new(world, 1, row.next_ordinal)
+            if closing is None:
+                return True
+            new = Running(mine.birth, Closing(math.inf, closing.late_s))
+            others = [other for at, other in self._running.items() if at != row.group]
+            return may_start(new, others, core.step, core.forecast.step_s, limits)
+        closing = core.forecast.of_new(world, core.config.lifecycle.group_size)
+        new = Running(self.published_step, closing, self._renewal_s(group))
+        is_allowed = may_start(new, list(self._running.values()), core.step, core.forecast.step_s, limits)
+        if is_allowed:
+            self._running[row.group] = new
+        return is_allowed
+
+
 class Leasing:
     """Everything about leases. The caller owns the transaction."""
 
@@ -54,6 +118,8 @@ class Leasing:
         self._answered: dict[int, int] = {}
         self._seen_generation = -1
         self._granted_at: dict[tuple[int, int], float] = {}
+        self._looked_at = -OVERDUE_INTERVAL_S
+        self._pace: _Pace | None = None
         self._is_resumable: dict[tuple[str, str, str], bool] = {}
 
     # ------------------------------------------------------------------------------------------------------
@@ -91,12 +157,32 @@ class Leasing:
             lease = self._core.store.work.lease(*at)
             if lease is not None and lease.state == "held":
                 self.give_up(lease, "deadline")
+        self._give_up_overdue(now)
+
+    def _give_up_overdue(self, now: float) -> None:
+        """While the learner waits for older groups, give up what takes far longer than it ever does."""
+        factor = self._core.config.groups.overdue_factor
+        if factor <= 0 or self._core.waits_for != "older_groups_open":
+            return
+        if now - self._looked_at < OVERDUE_INTERVAL_S:
+            return
+        self._looked_at = now
+        for at in self._core.forecast.overdue(factor):
+            lease = self._core.store.work.lease(*at)
+            group = self._core.store.work.group(at[0])
+            is_waited_for = group is not None and group.state == "open"
+            if lease is not None and lease.state == "held" and is_waited_for:
+                self.give_up(lease, "overdue")
 
     def restore_clocks(self) -> None:
         """After a restart every held lease has its whole deadline before it."""
         now = self._core.now()
         for lease in self._core.store.work.held_leases():
             self._granted_at[lease.group, lease.member] = now
+            group = self._core.store.work.group(lease.group)
+            if group is not None:
+                world = group.environment, group.preset
+                self._core.forecast.began(lease.group, lease.member, world, lease.next_ordinal)
 
     def heartbeat(self, session: int, heartbeat: Heartbeat) -> None:
         """Fence what the client believes to hold and does not; of a very long list, the first part."""
@@ -154,7 +240,8 @@ class Leasing:
         self._fence_holder(lease, reason)
         self._core.store.work.settle(lease, "given_up", reason)
         self._granted_at.pop((lease.group, lease.member), None)
-        self._grouping.maybe_close(lease.group)
+        self._core.forecast.gone(lease.group, lease.member, is_cut_off=reason in ("deadline", "overdue"))
+        self._grouping.settled(lease.group, lease.member)
 
     def ended(self, group: int, member: int) -> None:
         """A lifecycle came to its end; its deadline is over."""
@@ -165,11 +252,18 @@ class Leasing:
         work = self._core.store.work
         ranks = {group: rank for rank, (group, _, _) in enumerate(work.untrained())}
         for lease in work.held_leases():
+            if lease.group not in ranks:
+                continue  # late: its group's turn has been
             if is_out_of_reach(ranks[lease.group], self._core.step, self._core.limits):
                 self._fence_holder(lease, "rolled_back")
                 self._free(lease)
 
     def _free(self, lease: LeaseRow, *, is_retry: bool = False, is_takeover: bool = False) -> None:
+        group = self._core.store.work.group(lease.group)
+        if group is not None and group.state != "open":
+            self.give_up(lease, "late_group")  # its group has closed: nobody gets it again
+            return
+        self._core.forecast.gone(lease.group, lease.member, is_cut_off=False)
         self._core.store.work.free(lease, is_retry=is_retry, is_takeover=is_takeover)
         self._granted_at.pop((lease.group, lease.member), None)
         self._core.changed()
@@ -203,11 +297,19 @@ class Leasing:
         granted: list[Lease] = []
         ranks = {group: rank for rank, (group, _, _) in enumerate(core.store.work.untrained())}
         room_bytes = core.config.transport.max_message_bytes // 2
+        has_forecast = self._has_forecast
+        hopeless: set[tuple[int, int]] = set()
         while len(granted) < wanted and room_bytes > 0:
-            free = core.store.work.free_leases(wanted - len(granted))
-            for row in free:
+            free = core.store.work.free_leases(wanted - len(granted) + len(hopeless))
+            free = [row for row in free if (row.group, row.member) not in hopeless]
+            for row in free[: wanted - len(granted)]:
                 if not may_lease(ranks[row.group], core.step, published.step, core.limits):
                     return granted
+                if has_forecast and not self._current_pace(published.step).allows(row):
+                    if self._current_pace(published.step).has_started(row.group):
+                        hopeless.add((row.group, row.member))
+                        continue
+                    return granted  # nothing overtakes it
                 lease = self._lease(row, session, request.request, published)
                 granted.append(lease)
                 room_bytes -= len(_encoder.encode(lease))
@@ -218,6 +320,23 @@ class Leasing:
                     break
                 ranks[self._plan_group()] = len(ranks)
         return granted
+
+    def _current_pace(self, published_step: int) -> _Pace:
+        """Return what is under way, looked up anew when time has passed or a step was taken."""
+        core, pace = self._core, self._pace
+        if (
+            pace is None
+            or (pace.step, pace.published_step) != (core.step, published_step)
+            or core.now() - pace.made_at > PACE_AGE_S
+        ):
+            pace = self._pace = _Pace(core, published_step)
+        return pace
+
+    @property
+    def _has_forecast(self) -> bool:
+        """Whether a forecast has a say in what is handed out."""
+        staleness = self._core.config.staleness
+        return staleness.on_bound == "expire" and staleness.admission == "forecast"
 
     def _plan_group(self) -> int:
         core, config = self._core, self._core.config
@@ -257,6 +376,8 @@ class Leasing:
         work.grant(row, session, min_version, request)
         self._grouping.started(row.group)
         self._granted_at[row.group, row.member] = self._core.now()
+        world = group.environment, group.preset
+        self._core.forecast.began(row.group, row.member, world, row.next_ordinal)
         return self._describe(row, group, min_version)
 
     def _restart(self, row: LeaseRow) -> LeaseRow:

@@ -1,5 +1,5 @@
-"""What the coordinator writes for people: a line per step, per start of the learner, and about one per
-second.
+"""What the coordinator writes for people: a line per step, per event, per start of the learner, and about one
+per second.
 """
 
 from __future__ import annotations
@@ -47,7 +47,13 @@ class StatusMeter:
             self._metrics.append("lineage", time_s=self._time_s(), lineage=lineage, step=self._brain.step)
         rows = self._brain.unreported_steps()
         for row in rows:
-            self._metrics.append("step", time_s=self._time_s(row.done_at), **row.report)
+            time_s = self._time_s(row.done_at)
+            events = row.report.get("events", [])
+            numbers = {name: value for name, value in row.report.items() if name != "events"}
+            self._metrics.append("step", time_s=time_s, **numbers)
+            for event in events:
+                at = {"lineage": row.version.lineage, "step": row.version.step}
+                self._metrics.append("event", time_s=time_s, **at, **event)
         if rows:
             self._brain.mark_reported(rows)
 

@@ -1,12 +1,13 @@
 """Selecting a step's batch: which groups, with which weighted advantages, in how many parts.
 
 A plan is committed before any of it is sent, so a repeated request, also after a crash of either side, gets
-the same plan bit for bit. Items are sorted by key, never by arrival.
+the same plan bit for bit. Items are sorted by key, never by arrival. Beside the groups that are due, a step
+takes the late members of groups that were trained before, and, if asked for, some groups once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,10 +16,11 @@ from cod_async.algo.credit import SelectedEpisode, weigh_selection
 from cod_async.coordinator.core import Core
 from cod_async.coordinator.grouping import Grouping, credit_settings
 from cod_async.coordinator.planner import Choice, GroupView, choose_groups, may_lease
-from cod_async.coordinator.report import step_report
+from cod_async.coordinator.replay import Used, choose_replays
+from cod_async.coordinator.report import PlannedItem, step_report
 from cod_async.lifecycle.segment import Segment, SegmentKey, Version
 from cod_async.store.history import StepItem, StepRow
-from cod_async.store.segments import SegmentRow
+from cod_async.store.segments import SegmentFate, SegmentRow
 from cod_async.store.trained import extend_trained_digest, plan_digest
 from cod_async.wire.messages import StepBatch, TrainItem
 
@@ -32,6 +34,7 @@ class _Selected(NamedTuple):
 
     row: SegmentRow
     environment: str
+    is_replay: bool = False
 
 
 class Selection:
@@ -51,13 +54,11 @@ class Selection:
         groups = self._choose(version.step)
         if not groups:
             return None
-        selected = self._selected(groups)
+        selected = self._selected(groups, "ready")
+        selected += self._late(version.step, {chosen.row.key for chosen in selected})
+        selected += self._replayed(version)
+        selected.sort(key=lambda chosen: chosen.row.key)
         return self._commit_plan(version, selected)
-
-    def drop_stale(self, step: int) -> None:
-        """Drop what no step from ``step`` on may train."""
-        views = self._views(step)
-        self._drop(choose_groups(views, step, self._core.limits), step)
 
     def batches(self, plan: StepRow) -> Iterator[StepBatch]:
         """Return the parts of a plan, each of them small enough to send."""
@@ -80,9 +81,12 @@ class Selection:
             choice = choose_groups(self._views(step), step, self._core.limits)
             if choice.reason == "unknown_weights" and self._is_stuck(choice):
                 choice = choose_groups(self._views(step), step, self._core.limits, may_defer=False)
-            if not choice.stale:
+            if choice.stale:
+                self._drop(choice, step)
+            elif not choice.last_call:
                 break
-            self._drop(choice, step)
+            for group in choice.last_call:
+                self._grouping.close_now(group)
         self.waits_for = choice.reason
         for group in choice.selected:
             self._core.store.work.set_group_state(group, "planned")
@@ -102,20 +106,25 @@ class Selection:
         tree = self._core.tree
         assert tree is not None  # noqa: S101  (a step is being planned)
         views = []
+        has_last_call = self._core.limits.on_bound == "expire"
         for group, state, floor in self._core.store.work.untrained():
             if state == "planned":
                 continue
             if state == "closed":
-                births = [tree.birth(version) for version in self._core.store.segments.oldest_ready(group)]
+                births = [
+                    tree.birth(version)
+                    for version in self._core.store.segments.oldest_versions(group, "ready")
+                ]
             else:
                 births = [] if floor is None else [tree.birth(floor)]
             oldest = min(births, default=None)
             is_settled = oldest is None or all(
                 birth.is_settled for birth in births if birth.step == oldest.step
             )
-            views.append(
-                GroupView(group, state == "closed", None if oldest is None else oldest.step, is_settled)
-            )
+            is_closed = state == "closed"
+            is_closable = has_last_call and not is_closed and self._grouping.can_close_now(group)
+            birth = None if oldest is None else oldest.step
+            views.append(GroupView(group, is_closed, birth, is_settled, is_closable))
         return views
 
     def _drop(self, choice: Choice, step: int) -> None:
@@ -137,15 +146,58 @@ class Selection:
     # -------------------------------------------------------------------------------------------------------
     # planning
 
-    def _selected(self, groups: tuple[int, ...]) -> list[_Selected]:
+    def _selected(
+        self, groups: Sequence[int], state: SegmentFate, *, is_replay: bool = False
+    ) -> list[_Selected]:
         store = self._core.store
         selected = []
         for group in groups:
             row = store.work.group(group)
             assert row is not None  # noqa: S101  (it was just selected)
-            ready = [segment for segment in store.segments.of_group(group) if segment.state == "ready"]
-            selected += [_Selected(segment, row.environment) for segment in ready]
-        return sorted(selected, key=lambda chosen: chosen.row.key)
+            found = [segment for segment in store.segments.of_group(group) if segment.state == state]
+            selected += [_Selected(segment, row.environment, is_replay) for segment in found]
+        return selected
+
+    def _late(self, step: int, taken: Collection[SegmentKey]) -> list[_Selected]:
+        """Return the late members' segments that wait for any step, and drop those that came too late."""
+        core, tree = self._core, self._core.tree
+        assert tree is not None  # noqa: S101  (a step is being planned)
+        selected, too_late = [], []
+        for row in core.store.segments.late_ready():
+            if row.key in taken:
+                continue
+            birth = tree.birth(row.oldest)
+            if step - birth.step <= core.limits.max_lag:
+                group = core.store.work.group(row.key.group)
+                assert group is not None  # noqa: S101  (foreign key)
+                selected.append(_Selected(row, group.environment))
+            elif birth.is_settled:
+                too_late.append(row.key)
+        self._grouping.drop_segments(too_late, "late_group")
+        return selected
+
+    def _replayed(self, version: Version) -> list[_Selected]:
+        """Return the segments that the step uses again; none of them is older than the bound."""
+        core, config = self._core, self._core.config.replay
+        if config.max_uses < 2 or not config.groups_per_step:
+            return []
+        tree, first = core.tree, version.step - core.limits.max_lag
+        assert tree is not None  # noqa: S101  (a step is being planned)
+        pool = []
+        for group, num_uses in core.store.history.uses_since(version, first):
+            if num_uses < config.max_uses:
+                oldest = core.store.segments.oldest_versions(group, "trained")
+                births = [birth for found in oldest if (birth := tree.birth(found).step) >= first]
+                if births:
+                    pool.append(Used(group, min(births), num_uses))
+        seed = core.config.run.seed
+        groups = choose_replays(pool, config, seed, version.step, core.limits.max_lag)
+        kept = {key for group in groups for key in core.store.segments.kept(group)}
+        return [
+            chosen
+            for chosen in self._selected(groups, "trained", is_replay=True)
+            if chosen.row.key in kept and tree.birth(chosen.row.oldest).step >= first
+        ]
 
     def _commit_plan(self, version: Version, selected: list[_Selected]) -> StepRow:
         tree, history = self._core.tree, self._core.store.history
@@ -168,13 +220,15 @@ class Selection:
                 lease_epoch=chosen.row.lease_epoch,
                 advantage=advantage,
                 lag_steps=max(0, version.step - tree.birth(chosen.row.oldest).step),
+                is_replay=chosen.is_replay,
             )
             for chosen, advantage in zip(selected, weighted.weighted_advantages, strict=True)
         ]
         digest = plan_digest((item.key, item.lease_epoch, item.advantage) for item in items)
         before = history.trained_digest(version)
         assert before is not None  # noqa: S101  (the step before was recorded)
-        report = step_report(version, [chosen.row for chosen in selected], items, tree)
+        planned = [PlannedItem(chosen.row, item) for chosen, item in zip(selected, items, strict=True)]
+        report = step_report(version, planned, tree, *self._core.take_drops())
         report["red_temperatures"] = {str(name): value for name, value in weighted.red_temperatures}
         history.add_step(version, digest, extend_trained_digest(before, digest), items, report)
         return StepRow(version, digest, extend_trained_digest(before, digest), "planned", report)

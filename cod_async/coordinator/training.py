@@ -54,6 +54,7 @@ class Training:
         """
         self._waiting.pop(session, None)
         core = self._core
+        core.waits_for = core.waits_for if self._waiting else ""
         version = core.version
         if version is None or not core.should_stop or core.finished is not None:
             return
@@ -139,6 +140,7 @@ class Training:
         if version.step < self._core.step:
             return  # repeated on the way; the step was taken
         plan = self._selection.plan(version) if version.step == self._core.step else None
+        self._core.waits_for = "" if plan is not None else self._selection.waits_for
         if plan is None:
             self._waiting[session] = version
             return
@@ -160,7 +162,9 @@ class Training:
             )
             return
         if plan.state == "planned":
-            history.finish_step(version, report_of(plan, message.metrics))
+            report = core.health.judge(report_of(plan, message.metrics), message.metrics)
+            history.finish_step(version, report)
+            core.forecast.step_taken(_busy_s(message.metrics))
             core.step = version.step + 1
             core.changed()
             core.tally["steps"] += 1
@@ -227,7 +231,9 @@ class Training:
             assert core.tree is not None  # noqa: S101
             surviving = sorted(saved.step for saved in history.checkpoints() if core.tree.is_surviving(saved))
             if len(surviving) > 1:
-                core.store.prune_payloads(before_step=surviving[-2])
+                # a step after a resume from there may use again what is within the bound
+                again = core.limits.max_lag if core.config.replay.max_uses > 1 else 0
+                core.store.prune_payloads(before_step=surviving[-2] - again)
         core.out.send(session, PublishRecorded(version=version))
 
     def finish(self, message: Finished) -> None:
@@ -262,3 +268,10 @@ class Training:
     def _refuse(self, session: int, code: str, detail: str) -> None:
         log.error("run %s: refused the learner's message: %s: %s", self._core.run, code, detail)
         self._core.out.send(session, Refused(code=code, detail=detail[:4096], is_fatal=True))
+
+
+def _busy_s(metrics: dict[str, float]) -> float:
+    """Return the seconds of a step without its wait for a batch; -1 when the learner does not say."""
+    if "step_s" not in metrics:
+        return -1.0
+    return max(0.0, metrics["step_s"] - metrics.get("wait_s", 0.0))

@@ -80,6 +80,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def extra_counters(self) -> dict[str, float]:
+        """More numbers for heartbeats, by name; empty if the engine has no more than its counters."""
+        ...
+
+    @property
     def version(self) -> Version:
         """The policy version that the next token will be sampled from."""
         ...
@@ -115,6 +120,14 @@ class Engine(Protocol):
 
         Raises:
             WeightsError: missing or wrong digest; the engine keeps its old weights.
+        """
+        ...
+
+    def announce(self, manifest: Manifest) -> None:
+        """A newer version was published while :meth:`update_weights` waits for an older one.
+
+        An engine that puts switches off may go straight to it, which also ends that wait; others take it up
+        when :meth:`update_weights` is called for it, and do nothing here.
         """
         ...
 

@@ -18,7 +18,7 @@ import msgspec
 from cod_async.config.schema import Config, EngineConfig
 from cod_async.envs.base import Playable
 from cod_async.envs.worker import WorkerPool, make_environment
-from cod_async.errors import InfrastructureError, InputError, WorkError
+from cod_async.errors import InfrastructureError, WorkError
 from cod_async.evaluate.environments import truth_of, world_of
 from cod_async.evaluate.results import LifecycleResult
 from cod_async.evaluate.suite import Control
@@ -65,19 +65,15 @@ class _Record:
 
 
 def open_engine(model_dir: Path, engine: EngineConfig, max_context_tokens: int) -> Engine:
-    """Load a model into an engine of this process.
+    """Load a model into an embedded engine of this process, whatever ``engine.kind`` is for training: frozen
+    weights need no servers.
 
     Raises:
-        InputError: not a model directory, or an engine that evaluation cannot use.
+        InputError: not a model directory.
     """
     from cod_async.engines.embedded import EmbeddedEngine
     from cod_async.models.directory import load_model
 
-    if engine.kind != "embedded":
-        raise InputError(
-            f"engine.kind is {engine.kind!r}, but evaluation plays on the embedded engine; "
-            "set engine.kind to 'embedded'"
-        )
     return EmbeddedEngine(
         load_model(model_dir),
         engine,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -22,6 +23,7 @@ from rich.console import Console
 
 from cod_async.config.load import write_atomic
 from cod_async.config.schema import Config
+from cod_async.engines.sglang.records import ENGINES_FOLDER
 from cod_async.errors import CodError, InputError, StoreError, WorkError
 from cod_async.launch import phases
 from cod_async.launch.export import export_model
@@ -246,6 +248,11 @@ class _Launch:
 
     def _train(self) -> None:
         config = self._config
+        if config.engine.urls:  # the model is there now, and servers may have ended meanwhile
+            from cod_async.launch.engines import check_engines
+
+            with self._interrupts.raising():
+                check_engines(config, self._run_dir / phases.MODEL_NAME)
         supervisor = Supervisor(
             self._run_dir / "logs",
             child_environment(config.engine.num_threads),
@@ -266,6 +273,7 @@ class _Launch:
 
     def _start(self, supervisor: Supervisor) -> None:
         run, config = str(self._run_dir), self._config
+        self._start_engines(supervisor)
         # What an earlier launch left there is the address of a dead coordinator; clients would try it first.
         address = self._run_dir / "coordinator.json"
         before = address.read_bytes() if address.is_file() else None
@@ -291,6 +299,18 @@ class _Launch:
         for index in range(config.actors.num_processes):
             name = f"actor-{index}"
             supervisor.start("actor", name, cod_command("actor", run, "--name", name), is_done=self._is_over)
+        if config.weights.source == "pull":
+            supervisor.start("weights", "weights", cod_command("weights", run))
+
+    def _start_engines(self, supervisor: Supervisor) -> None:
+        """Start the hosts of the run's servers, without waiting: actors do, for what they need of them."""
+        engine = self._config.engine
+        if engine.kind != "sglang":
+            return
+        shutil.rmtree(self._run_dir / ENGINES_FOLDER, ignore_errors=True)  # an earlier launch's servers
+        for index in range(0 if engine.urls else engine.server.num_servers):
+            name = f"engine-{index}"
+            supervisor.start("engine", name, cod_command("engine", str(self._run_dir), "--name", name))
 
     def _raise_if_interrupted(self) -> None:
         if self._interrupts.signum is not None:

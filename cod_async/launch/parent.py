@@ -1,7 +1,8 @@
 """A child's side of "no orphans": end when the launcher is gone, also when it was killed with SIGKILL.
 
-Two means, because neither is enough alone: the kernel's parent-death signal is prompt but is Linux only and
-can be ignored by a hung process; a watchdog thread is portable and ends in ``os._exit``.
+Two means for our own processes, because neither is enough alone: the kernel's parent-death signal is prompt
+but is Linux only and can be ignored by a hung process; a watchdog thread is portable and ends in
+``os._exit``. Foreign programs get the signal alone, and then one that cannot be ignored.
 """
 
 from __future__ import annotations
@@ -12,11 +13,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 PARENT_VARIABLE = "COD_PARENT"
 """Environment variable ``pid:grace_s`` that the launcher gives to its children."""
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.5
+_TIE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Asks the kernel for SIGKILL at the parent's death, which outlives the exec."""
 
 
 def follow_parent() -> None:
@@ -44,3 +54,16 @@ def _watch(parent: int, grace_s: float) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_s)
     os._exit(1)
+
+
+def tied_command(argv: Sequence[str]) -> list[str]:
+    """Return a command line that runs ``argv`` and that the kernel kills when this process is gone.
+
+    To be started by this process itself, from its main thread. Linux only; elsewhere ``argv`` as it is.
+
+    Args:
+        argv: a program by its full path, and its arguments.
+    """
+    if sys.platform != "linux":
+        return list(argv)
+    return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *argv]

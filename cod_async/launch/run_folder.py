@@ -177,7 +177,7 @@ def child_environment(num_threads: int) -> dict[str, str]:
     Two OpenMP threads on a busy core are far slower than one, so every process gets what its config says and
     no more.
     """
-    roots = [*_roots_of("cod_async"), *_roots_of("cod_kernels")]
+    roots = own_roots()
     known = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     paths = [*dict.fromkeys([*roots, *known])]
     return {
@@ -188,6 +188,11 @@ def child_environment(num_threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": str(num_threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def own_roots() -> list[str]:
+    """Return the folders that make this project importable."""
+    return [*_roots_of("cod_async"), *_roots_of("cod_kernels")]
 
 
 def _roots_of(package: str) -> list[str]:

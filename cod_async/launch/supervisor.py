@@ -10,6 +10,7 @@ decisions can be tested.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -36,7 +37,12 @@ BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Waits before the first, second, … restart within the window."""
 MAX_LOG_BYTES = 16 << 20
 """A longer log is moved to ``.1`` (replacing the one before) and started anew."""
+ENGINE_WINDOW_S = 1800.0
+"""The window of a server's host, whose every start takes minutes on a GPU."""
 INPUT_ERROR_CODE = 2
+LOST_CODE = 3
+"""A child ends with this code when something that had worked was taken from it, and a new start brings it
+back: that is no defect of its own."""
 _TAIL_BYTES = 3000
 
 
@@ -45,9 +51,11 @@ class Child:
     """One supervised process.
 
     Attributes:
-        role: ``coordinator``, ``learner`` or ``actor``.
+        role: ``coordinator``, ``learner``, ``actor`` or ``engine``.
         name: unique; also the log file's name.
         argv: command line.
+        young_s: a child that lived shorter than this has not proved itself.
+        window_s: deaths are counted over this time.
         num_restarts: times it was started again.
         is_done: asked when it ended with code 0: whether its work is done. None: it must never end by itself.
         is_wanted: whether its death must lead to a restart.
@@ -58,6 +66,8 @@ class Child:
     name: str
     argv: Sequence[str]
     is_done: Callable[[], bool] | None = None
+    young_s: float = YOUNG_S
+    window_s: float = WINDOW_S
     is_finished: bool = False
     num_restarts: int = 0
     is_wanted: bool = True
@@ -123,6 +133,8 @@ class Supervisor:
         if extra:
             command = ["env", *(f"{key}={value}" for key, value in extra.items()), *argv]
         child = Child(role=role, name=name, argv=command, is_done=is_done)
+        if role == "engine":  # it says by LOST_CODE whether its server had ever worked
+            child.young_s, child.window_s = math.inf, ENGINE_WINDOW_S
         self.children.append(child)
         self._spawn(child)
         return child
@@ -178,21 +190,23 @@ class Supervisor:
         return True
 
     def stop(self, grace_s: float) -> list[str]:
-        """Stop everything within ``grace_s``: learner first (it checkpoints), actors, then the coordinator.
+        """Stop everything within ``grace_s``: learner first (it checkpoints), actors, then what serves them.
 
-        The coordinator outlives its clients, so that their last checkpoint and segments are recorded.
+        The coordinator outlives its clients, so that their last checkpoint and segments are recorded, and
+        engines outlive the actors that abort their requests there.
 
         Returns:
             Names of the children that did not end in time and were killed.
         """
         deadline = self._clock() + grace_s
         reserve = min(5.0, 0.2 * grace_s)
-        self.let_go("coordinator", "learner", "actor")
+        serving = sorted({child.role for child in self.children} - {"learner", "actor"})
+        self.let_go("learner", "actor", *serving)
         self.signal(signal.SIGTERM, "learner")
         self.signal(signal.SIGTERM, "actor")
         self.wait(deadline - reserve - self._clock(), "learner", "actor")
-        self.signal(signal.SIGTERM, "coordinator")
-        self.wait(deadline - self._clock(), "learner", "actor", "coordinator")
+        self.signal(signal.SIGTERM, *serving)
+        self.wait(deadline - self._clock(), "learner", "actor", *serving)
         return self.kill()
 
     def kill(self) -> list[str]:
@@ -241,9 +255,9 @@ class Supervisor:
         if code == INPUT_ERROR_CODE:
             raise WorkError(f"{child.name} refused its input ({cause}), not restarted; {self.tail(child)}")
         child.deaths_s.append(now)
-        is_young = now - child.started_s < YOUNG_S
-        child.num_own_failures = child.num_own_failures + 1 if code > 0 and is_young else 0
-        recent = sum(1 for at in child.deaths_s if now - at <= WINDOW_S)
+        is_own = code > 0 and code != LOST_CODE and now - child.started_s < child.young_s
+        child.num_own_failures = child.num_own_failures + 1 if is_own else 0
+        recent = sum(1 for at in child.deaths_s if now - at <= child.window_s)
         if recent > MAX_RESTARTS or child.num_own_failures >= MAX_OWN_FAILURES:
             raise WorkError(f"{child.name} keeps dying ({cause}, {recent} times of late); {self.tail(child)}")
         wait_s = BACKOFF_S[min(recent, len(BACKOFF_S)) - 1]

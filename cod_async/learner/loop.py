@@ -20,7 +20,7 @@ import torch
 from cod_async.config.load import config_digest, load_resolved
 from cod_async.config.schema import Config
 from cod_async.durable import write_atomic
-from cod_async.errors import CheckpointError, NumericsError
+from cod_async.errors import CheckpointError, NumericsError, WeightsError
 from cod_async.learner.checkpoint import (
     TrainerRecord,
     checkpoint_folder,
@@ -36,7 +36,9 @@ from cod_async.learner.step import Trainer
 from cod_async.lifecycle.segment import Version
 from cod_async.models.directory import load_model, weights_of
 from cod_async.store.trained import EMPTY_TRAINED_DIGEST, extend_trained_digest
-from cod_async.weights.publish import publish
+from cod_async.weights.delta import write_delta
+from cod_async.weights.manifest import Manifest
+from cod_async.weights.publish import CONFIG_FILE, publish, published_versions, read_manifest
 from cod_async.wire.messages import Checkpointed, TrainItem
 
 log = logging.getLogger(__name__)
@@ -101,9 +103,15 @@ class Learner:
         """
         started = time.perf_counter()
         vocab_size = int(self.trainer.model.head_weight.shape[0])
-        flat = flatten(items, vocab_size=vocab_size, max_row_tokens=self.config.model.max_context_tokens)
-        packed_s = time.perf_counter() - started
+        packed_s = 0.0
         try:
+            flat = flatten(
+                items,
+                vocab_size=vocab_size,
+                max_row_tokens=self.config.model.max_context_tokens,
+                version=self.version,
+            )
+            packed_s = time.perf_counter() - started
             metrics = self.trainer.take_step(flat, self.version.step)
         except NumericsError as error:
             name = f"step_{self.version.step:08d}-L{self.version.lineage}.msgpack"
@@ -132,8 +140,39 @@ class Learner:
         started = time.perf_counter()
         tensors = weights_of(self.trainer.model)
         keep = self.config.weights.keep_versions
-        self.port.published(publish(self.run_dir, self.config.run.name, self.version, tensors, keep))
+        base = self._newest_published() if self.config.weights.has_deltas else None
+        manifest = publish(
+            self.run_dir,
+            self.config.run.name,
+            self.version,
+            tensors,
+            keep,
+            config_file=self.run_dir / "model" / CONFIG_FILE,
+        )
+        if base is not None and base.version < manifest.version:
+            self._write_delta(base, manifest)
+        self.port.published(manifest)
         self.publish_s = time.perf_counter() - started
+
+    def _newest_published(self) -> Manifest | None:
+        """Return the version that hosts are expected to have when the next one is published."""
+        versions = published_versions(self.run_dir)
+        return read_manifest(self.run_dir, versions[-1]) if versions else None
+
+    def _write_delta(self, base: Manifest, manifest: Manifest) -> None:
+        """Write what changed beside the new version, before anybody hears of it. Both are compared in their
+        files, so no copy of the weights is kept. A delta is a convenience: without it hosts pull in full.
+        """
+        try:
+            info = write_delta(self.run_dir, base, manifest)
+        except (WeightsError, OSError) as error:
+            log.warning("version %s is published without a delta: %s", manifest.version, error)
+            return
+        num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+        if info is None:
+            log.info("version %s: too much changed for a delta", manifest.version)
+        else:
+            log.info("version %s: delta of %.1f %%", manifest.version, 100 * info.num_bytes / num_bytes)
 
     def _checkpoint(self) -> None:
         record = TrainerRecord(

@@ -9,6 +9,7 @@ depend on arrival order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cod_async.errors import WorkError
-from cod_async.lifecycle.segment import Row, RowParent
+from cod_async.errors import NumericsError, WorkError
+from cod_async.lifecycle.segment import Row, RowParent, SegmentKey, Version
 from cod_async.lifecycle.transcript import mark_after
 from cod_async.wire.messages import TrainItem
 
@@ -27,6 +28,9 @@ RECTANGLE_OVERHEAD_TOKENS = 192
 
 MAX_BUCKET_TOKENS = 2048
 """On a CPU a rectangle is cut further when its activations would no longer fit into the cache."""
+
+MAX_LOGPROB = 1e-6
+"""An engine's rounding may lift a log-prob this far above 0, in nats; the coordinator lets in no more."""
 
 _MAX_DISTINCT_LENGTHS = 256
 
@@ -44,8 +48,10 @@ class FlatRows:
         action_items: int64 [A], index of the item of each action token.
         action_rows: int64 [A], its row.
         action_offsets: int64 [A], its position in the row (>= 1).
+        action_lags: int64 [A], steps between the learner's version and the one that generated the token.
         behavior_logprobs: float32 [A].
         advantages: float64 [N], one per item.
+        row_lifecycles: int64 [R], ascending; rows of one lifecycle share a number.
     """
 
     tokens: IntArray
@@ -54,13 +60,15 @@ class FlatRows:
     action_items: IntArray
     action_rows: IntArray
     action_offsets: IntArray
+    action_lags: IntArray
     behavior_logprobs: npt.NDArray[np.float32]
     advantages: npt.NDArray[np.float64]
+    row_lifecycles: IntArray
 
     @property
     def num_tokens(self) -> int:
         """All tokens of the step, context included."""
-        return int(self.tokens.size)
+        return int(self.lengths.sum())
 
     @property
     def num_action_tokens(self) -> int:
@@ -78,6 +86,7 @@ class MicroBatch:
         targets: int64 [A].
         behavior_logprobs: float32 [A].
         segment_ids: int64 [A], index of the item.
+        actions: int64 [A], index of each action token among those of the step.
         num_tokens: tokens that are not padding.
         num_trained: action tokens from this one on get no gradient.
     """
@@ -87,6 +96,7 @@ class MicroBatch:
     targets: torch.Tensor
     behavior_logprobs: torch.Tensor
     segment_ids: torch.Tensor
+    actions: torch.Tensor
     num_tokens: int
     num_trained: int
 
@@ -140,18 +150,85 @@ class _Pieces:
                 tail = None if parent is None else (lifecycle, mark_after(row))
 
 
-def flatten(items: Sequence[TrainItem], *, vocab_size: int, max_row_tokens: int | None = None) -> FlatRows:
+def _token_lags(items: Sequence[TrainItem], pieces: _Pieces, version: Version | None) -> IntArray:
+    """Return the lag of every action token of all pieces.
+
+    The coordinator knows how the lineages hang together and says how far the oldest token of an item lags;
+    from there it is plain subtraction. A token of the learner's own lineage needs nobody's word.
+
+    Raises:
+        WorkError: a log-prob without a version, or a version that does not exist yet.
+    """
+    oldest = [
+        min((span.version for row in item.rows for span in row.versions), default=None) for item in items
+    ]
+    lags: list[int] = []
+    sizes: list[int] = []
+    for row, index in zip(pieces.rows, pieces.items, strict=True):
+        item, first = items[index], oldest[index]
+        count = 0
+        for span in row.versions:
+            lag = round(item.lag_steps) + (0 if first is None else first.step - span.version.step)
+            if version is not None and span.version.lineage == version.lineage:
+                lag = version.step - span.version.step
+                if lag < 0:
+                    raise WorkError(
+                        f"segment {item.key}: has tokens of version {span.version}, the learner is at "
+                        f"{version}; it cannot be trained on, look at it with cod inspect"
+                    )
+            lags.append(max(lag, 0))
+            sizes.append(max(span.num_tokens, 0))
+            count += span.num_tokens
+        if count != row.behavior_logprobs.length:
+            raise WorkError(
+                f"segment {item.key}: a row has {row.behavior_logprobs.length} log-probs and versions for "
+                f"{count}; it cannot be trained on, look at it with cod inspect"
+            )
+    return np.repeat(np.array(lags, dtype=np.int64), np.array(sizes, dtype=np.int64))
+
+
+def _check_logprobs(behavior: npt.NDArray[np.float32], keys: Sequence[SegmentKey], sizes: IntArray) -> None:
+    """Refuse log-probs that no policy has.
+
+    Args:
+        behavior: of all pieces, end to end.
+        keys: of the item of each piece.
+        sizes: action tokens of each piece.
+
+    Raises:
+        NumericsError: one is not finite.
+        WorkError: one is above 0 by more than rounding.
+    """
+    is_bad = ~np.isfinite(behavior) | (behavior > MAX_LOGPROB)
+    if not is_bad.any():
+        return
+    first = int(np.argmax(is_bad))
+    key, worst = keys[int(np.repeat(np.arange(sizes.size), sizes)[first])], float(behavior[first])
+    if math.isfinite(worst):
+        raise WorkError(f"segment {key}: a log-prob is {worst:g}, above 0; look at it with cod inspect")
+    raise NumericsError(f"segment {key}: a log-prob is {worst:g}; the step was not applied")
+
+
+def flatten(
+    items: Sequence[TrainItem],
+    *,
+    vocab_size: int,
+    max_row_tokens: int | None = None,
+    version: Version | None = None,
+) -> FlatRows:
     """Lay the rows of a step end to end and check them.
 
     Args:
         items: the whole step, sorted by key.
         vocab_size: token ids must be below this.
         max_row_tokens: longest row the model takes, or None.
+        version: of the learner, or None, which takes every lag from the item's.
 
     Raises:
         WorkError: a row that no engine can have produced: empty, an id outside the vocabulary, an action span
-            that starts at token 0 or ends behind the row, log-probs that do not match the spans, or a
-            transcript with a hole.
+            that starts at token 0 or ends behind the row, log-probs that do not match the spans or lie above
+            0, tokens without a version or of one to come, or a transcript with a hole.
+        NumericsError: a log-prob is not finite.
     """
     pieces = _Pieces(items)
     piece_items = np.array(pieces.items, dtype=np.int64)
@@ -191,6 +268,8 @@ def flatten(items: Sequence[TrainItem], *, vocab_size: int, max_row_tokens: int 
             raise WorkError(
                 f"segment {item.key}: a row {what}; it cannot be trained on, look at it with cod inspect"
             )
+    _check_logprobs(behavior, [items[index].key for index in pieces.items], expected)
+    lags = _token_lags(items, pieces, version)
     is_trained = ~np.array([items[index].is_context for index in pieces.items], dtype=np.bool_)
     kept = is_trained[owners]
     owners, span_sizes = owners[kept], span_sizes[kept]
@@ -201,9 +280,58 @@ def flatten(items: Sequence[TrainItem], *, vocab_size: int, max_row_tokens: int 
         action_items=np.repeat(piece_items[owners], span_sizes),
         action_rows=np.repeat(row_of[owners], span_sizes),
         action_offsets=_ranges(spans[kept, 1] + offsets[owners], span_sizes),
+        action_lags=lags[np.repeat(is_trained, expected)],
         behavior_logprobs=behavior[np.repeat(is_trained, expected)],
         advantages=np.array([item.advantage for item in items], dtype=np.float64),
+        row_lifecycles=_lifecycles(items)[piece_items[np.unique(row_of, return_index=True)[1]]],
     )
+
+
+def _lifecycles(items: Sequence[TrainItem]) -> IntArray:
+    """Return the number of each item's lifecycle, counted in the order of the items."""
+    members = [(item.key.group, item.key.member) for item in items]
+    is_new = [index > 0 and member != members[index - 1] for index, member in enumerate(members)]
+    return np.cumsum(np.array(is_new, dtype=np.int64))
+
+
+def split_lifecycles(flat: FlatRows, num_parts: int) -> list[tuple[FlatRows, IntArray]]:
+    """Cut a step into parts of whole lifecycles with about equal action tokens, in the order they are in.
+
+    Args:
+        flat: the step.
+        num_parts: at most so many; parts without action tokens are left out.
+
+    Returns:
+        (part, which of the step's action tokens are in it) each; items keep their numbers.
+    """
+    if num_parts == 1:
+        return [(flat, np.arange(flat.num_action_tokens))]
+    lifecycles = flat.row_lifecycles[flat.action_rows]
+    counts = np.bincount(lifecycles, minlength=int(flat.row_lifecycles.max(initial=0)) + 1)
+    middles = np.cumsum(counts) - counts / 2
+    part_of = np.minimum((middles * num_parts / max(counts.sum(), 1)).astype(np.int64), num_parts - 1)
+    result = []
+    for part in np.unique(part_of[lifecycles]):
+        has_row = part_of[flat.row_lifecycles] == part
+        actions = np.flatnonzero(has_row[flat.action_rows])
+        result.append(
+            (
+                FlatRows(
+                    tokens=flat.tokens,
+                    starts=flat.starts[has_row],
+                    lengths=flat.lengths[has_row],
+                    action_items=flat.action_items[actions],
+                    action_rows=(np.cumsum(has_row) - 1)[flat.action_rows[actions]],
+                    action_offsets=flat.action_offsets[actions],
+                    action_lags=flat.action_lags[actions],
+                    behavior_logprobs=flat.behavior_logprobs[actions],
+                    advantages=flat.advantages,
+                    row_lifecycles=flat.row_lifecycles[has_row],
+                ),
+                actions,
+            )
+        )
+    return result
 
 
 def rectangles(
@@ -299,6 +427,9 @@ def micro_batches(
             grid[local, offsets],
             flat.behavior_logprobs[actions],
             flat.action_items[actions],
+            actions,
         )
-        ids, predictors, targets, behavior, segments = (upload(a, device) for a in arrays)
-        yield MicroBatch(ids, predictors, targets, behavior, segments, int(lengths.sum()), num_trained)
+        ids, predictors, targets, behavior, segments, places = (upload(a, device) for a in arrays)
+        yield MicroBatch(
+            ids, predictors, targets, behavior, segments, places, int(lengths.sum()), num_trained
+        )

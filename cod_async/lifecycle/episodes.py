@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from cod_async.config.schema import LifecycleConfig
 from cod_async.engines.base import Completion, Engine, SamplingParams
 from cod_async.envs.base import Playable, TaskSpec
-from cod_async.errors import EngineError, InfrastructureError
+from cod_async.errors import EngineError, EngineMismatchError, InfrastructureError
 from cod_async.lifecycle.arrays import Array
 from cod_async.lifecycle.hint import HintPrompts
 from cod_async.lifecycle.rendering import Renderer
@@ -78,9 +78,13 @@ class Player:
         )
 
     async def generate(self, ids: Sequence[int], params: SamplingParams, session: str) -> Completion:
-        """Generate; whatever the engine fails with becomes an infrastructure error."""
+        """Generate; whatever the engine fails with becomes an infrastructure error, unless no later try can
+        succeed.
+        """
         try:
             completion = await self.engine.generate(ids, params, session=session)
+        except EngineMismatchError:
+            raise
         except EngineError as error:
             raise InfrastructureError(f"engine failed in session {session}: {error}") from error
         num_tokens = len(completion.token_ids)

@@ -12,7 +12,7 @@ from typing import Any
 
 from cod_async.observe.metrics import Record, position_gap
 
-_SKIPPED = frozenset({"kind", "time_s", "step", "lag_histogram"})
+_SKIPPED = frozenset({"kind", "time_s", "step", "lag_histogram", "mix"})
 
 
 def scalars(record: Record) -> dict[str, float]:

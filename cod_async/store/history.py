@@ -35,6 +35,7 @@ class StepItem(msgspec.Struct, frozen=True):
     lease_epoch: int
     advantage: float
     lag_steps: int
+    is_replay: bool = False
 
 
 class HistoryTable:
@@ -173,23 +174,32 @@ class HistoryTable:
         items: Sequence[StepItem],
         report: dict[str, Any],
     ) -> None:
-        """Record a step's plan and mark its segments as planned."""
+        """Record a step's plan and mark its segments as planned.
+
+        Segments that the step uses again (``is_replay``) stay what they are, trained by an earlier step: they
+        are written down apart, and a rollback of this step takes nothing but this use of them back.
+        """
         at = (version.lineage, version.step)
         self._connection.execute(
             "INSERT INTO steps (lineage, step, plan_digest, trained_digest, state, report) "
             "VALUES (?, ?, ?, ?, 'planned', ?)",
             (*at, plan_digest, trained_digest, msgspec.json.encode(report).decode()),
         )
-        keys = [(item.key.group, item.key.member, item.key.ordinal) for item in items]
+        for table, is_replay in (("step_items", False), ("step_replays", True)):
+            self._connection.executemany(
+                f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608  (one of two constants)
+                [
+                    (
+                        *(*at, item.key.group, item.key.member, item.key.ordinal),
+                        *(item.lease_epoch, item.advantage, item.lag_steps),
+                    )
+                    for item in items
+                    if item.is_replay == is_replay
+                ],
+            )
         self._connection.executemany(
-            "INSERT INTO step_items VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (*at, *key, item.lease_epoch, item.advantage, item.lag_steps)
-                for key, item in zip(keys, items, strict=True)
-            ],
-        )
-        self._connection.executemany(
-            "UPDATE segments SET state = 'planned' WHERE grp = ? AND member = ? AND ordinal = ?", keys
+            "UPDATE segments SET state = 'planned' WHERE grp = ? AND member = ? AND ordinal = ?",
+            [(i.key.group, i.key.member, i.key.ordinal) for i in items if not i.is_replay],
         )
 
     def step(self, version: Version) -> StepRow | None:
@@ -205,14 +215,35 @@ class HistoryTable:
 
     def items(self, version: Version) -> list[StepItem]:
         """Return a step's plan, by key."""
+        columns = "grp, member, ordinal, lease_epoch, advantage, lag_steps"
         rows = self._connection.execute(
-            "SELECT grp, member, ordinal, lease_epoch, advantage, lag_steps FROM step_items "
-            "WHERE lineage = ? AND step = ? ORDER BY grp, member, ordinal",
+            f"SELECT {columns}, 0 FROM step_items WHERE lineage = ?1 AND step = ?2 "  # noqa: S608
+            f"UNION ALL SELECT {columns}, 1 FROM step_replays WHERE lineage = ?1 AND step = ?2 "
+            "ORDER BY grp, member, ordinal",
             (version.lineage, version.step),
         )
         return [
-            StepItem(SegmentKey(g, m, o), epoch, advantage, lag) for g, m, o, epoch, advantage, lag in rows
+            StepItem(SegmentKey(g, m, o), epoch, advantage, lag, bool(is_replay))
+            for g, m, o, epoch, advantage, lag, is_replay in rows
         ]
+
+    def uses_since(self, version: Version, first_step: int) -> list[tuple[int, int]]:
+        """Return (group, number of steps that used it) of every group that was trained from ``first_step`` on
+        in the history that ends at ``version``; every use of such a group lies in these steps.
+        """
+        trained: set[int] = set()
+        uses: dict[int, int] = {}
+        for lineage, step in self._tail(version, version.step - first_step):
+            for table in ("step_items", "step_replays"):
+                rows = self._connection.execute(
+                    f"SELECT DISTINCT grp FROM {table} WHERE lineage = ? AND step = ?",  # noqa: S608
+                    (lineage, step),
+                )
+                for (group,) in rows:
+                    if table == "step_items":
+                        trained.add(group)
+                    uses[group] = uses.get(group, 0) + 1
+        return [(group, uses[group]) for group in sorted(trained)]
 
     def finish_step(self, version: Version, report: dict[str, Any]) -> None:
         """Record that a planned step was taken: its segments and groups are trained."""
@@ -281,12 +312,27 @@ class HistoryTable:
             (lineage, step),
         )
         self._connection.execute(
-            "UPDATE groups SET state = CASE WHEN EXISTS (SELECT 1 FROM segments WHERE segments.grp = "
-            "groups.grp "
+            # a group whose late members alone were in the undone step stays trained
+            "UPDATE groups SET state = CASE "
+            "WHEN EXISTS (SELECT 1 FROM segments WHERE segments.grp = groups.grp "
+            "AND segments.state = 'trained') THEN 'trained' "
+            "WHEN EXISTS (SELECT 1 FROM segments WHERE segments.grp = groups.grp "
             "AND segments.state = 'ready') THEN 'closed' ELSE 'dropped' END "
             "WHERE grp IN (SELECT DISTINCT grp FROM step_items WHERE lineage = ? AND step = ?)",
             (lineage, step),
         )
+
+    def _tail(self, version: Version, num_steps: int) -> list[tuple[int, int]]:
+        """Return up to ``num_steps`` last steps of the history that ends at ``version``, newest first."""
+        found: list[tuple[int, int]] = []
+        lineage: int | None = version.lineage
+        end = version.step
+        while lineage is not None and self.has_lineage(lineage) and len(found) < num_steps:
+            start = min(end, self.branch_step(lineage))
+            first = max(start, end - (num_steps - len(found)))
+            found += [(lineage, step) for step in range(end - 1, first - 1, -1)]
+            end, lineage = start, self.parent(lineage)
+        return found
 
     def _path(self, lineage: int | None, end: int) -> set[tuple[int, int]]:
         """Return the steps that lead to version (``lineage``, ``end``)."""
@@ -315,6 +361,5 @@ class HistoryTable:
 
     def recent_reports(self, version: Version, num_steps: int) -> list[dict[str, Any]]:
         """Return the reports of the last ``num_steps`` done steps of the history that ends at ``version``."""
-        path = sorted(self._path(version.lineage, version.step), key=lambda at: at[1])[-num_steps:]
-        rows = [self.step(Version(*at)) for at in path]
+        rows = [self.step(Version(*at)) for at in reversed(self._tail(version, num_steps))]
         return [row.report for row in rows if row is not None and row.state == "done"]

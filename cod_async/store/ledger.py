@@ -64,8 +64,9 @@ def ledger(path: Path) -> dict[str, Any]:
 
     Returns:
         ``{segments: {generated, trained, dropped: {reason: n}, lost: {reason: n}, in_flight}, tokens: {the
-        same}, balanced}``; ``balanced`` is true when generated = trained + dropped + lost + in flight in both
-        units and every process adds up by itself.
+        same}, balanced}``, and ``replayed: {segments, tokens}`` when trained segments were used again: those
+        are counted as trained once, and their further uses only there. ``balanced`` is true when generated =
+        trained + dropped + lost + in flight in both units and every process adds up by itself.
 
     Raises:
         StoreError: there is no run database at ``path``.
@@ -80,6 +81,7 @@ def ledger_with_problems(path: Path) -> tuple[dict[str, Any], list[str]]:
         connection.execute("BEGIN")  # one snapshot for all counts
         fates = _fates(connection)
         processes = _processes(connection)
+        replayed = _replayed(connection)
         connection.execute("COMMIT")
     answer: dict[str, Any] = {}
     problems: list[str] = []
@@ -104,6 +106,8 @@ def ledger_with_problems(path: Path) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"{unit}: {part['generated']} were generated, {accounted} are accounted for")
         answer[unit] = part
     answer["balanced"] = not problems
+    if replayed["segments"]:
+        answer["replayed"] = replayed
     return answer, problems
 
 
@@ -120,6 +124,16 @@ def _fates(connection: sqlite3.Connection) -> dict[str, Counter[tuple[str, str]]
         fates["segments"][state, reason] += num_segments
         fates["tokens"][state, reason] += num_tokens
     return fates
+
+
+def _replayed(connection: sqlite3.Connection) -> dict[str, int]:
+    """Return how many segments and action tokens the surviving steps used again, counted per use."""
+    found = connection.execute(
+        "SELECT count(*), coalesce(sum(num_action_tokens), 0) FROM step_replays "
+        "JOIN steps USING (lineage, step) JOIN segments USING (grp, member, ordinal) "
+        "WHERE steps.state = 'done'"
+    ).fetchone()
+    return {"segments": int(found[0]), "tokens": int(found[1])}
 
 
 def _processes(connection: sqlite3.Connection) -> list[_Process]:

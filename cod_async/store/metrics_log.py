@@ -2,9 +2,9 @@
 run.
 
 A line is appended with one write, so readers see whole lines; a tail that a crash tore off is cut when the
-file is opened again. Records have a ``kind``: ``step`` (one per recorded step), ``status`` (about one per
-second), ``lineage`` (one per start of the learner). ``time_s`` counts seconds since the run was first
-started.
+file is opened again. Records have a ``kind``: ``step`` (one per recorded step), ``event`` (what a step made
+news of, such as ``mix_parted``), ``status`` (about one per second), ``lineage`` (one per start of the
+learner). ``time_s`` counts seconds since the run was first started.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cod_async.errors import StoreError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DATABASE_NAME = "run.sqlite"
 """File name of the database inside a run folder."""
 
@@ -91,6 +91,7 @@ CREATE TABLE groups (
     pack_seed TEXT NOT NULL, pack_size INTEGER NOT NULL,
     planned_lineage INTEGER NOT NULL, planned_step INTEGER NOT NULL,
     floor_lineage INTEGER, floor_step INTEGER,
+    baselines TEXT NOT NULL DEFAULT '',
     state TEXT NOT NULL CHECK (state IN ('open', 'closed', 'planned', 'trained', 'dropped')),
     reason TEXT NOT NULL DEFAULT '',
     CHECK ((floor_lineage IS NULL) = (floor_step IS NULL))
@@ -139,7 +140,7 @@ CREATE TABLE segments (
     oldest_lineage INTEGER NOT NULL, oldest_step INTEGER NOT NULL,
     newest_lineage INTEGER NOT NULL, newest_step INTEGER NOT NULL,
     version_tokens TEXT NOT NULL,
-    return_value REAL, baseline REAL, advantage REAL,
+    return_value REAL, baseline REAL, advantage REAL, is_late INTEGER NOT NULL DEFAULT 0,
     state TEXT NOT NULL CHECK (state IN ('waiting', 'ready', 'planned', 'trained', 'dropped')),
     trained_lineage INTEGER, trained_step INTEGER,
     drop_reason TEXT NOT NULL DEFAULT '',
@@ -150,6 +151,7 @@ CREATE TABLE segments (
     CHECK ((state = 'trained') = (trained_step IS NOT NULL))
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX segments_trained ON segments (trained_lineage, trained_step) WHERE state = 'trained';
+CREATE INDEX segments_late ON segments (grp, member, ordinal) WHERE state = 'ready' AND is_late = 1;
 CREATE INDEX segments_payload ON segments (payload) WHERE payload IS NOT NULL;
 
 CREATE TABLE refused_segments (
@@ -183,6 +185,15 @@ CREATE TABLE step_items (
     FOREIGN KEY (grp, member, ordinal) REFERENCES segments (grp, member, ordinal)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX step_items_segment ON step_items (grp, member, ordinal);
+
+CREATE TABLE step_replays (
+    lineage INTEGER NOT NULL, step INTEGER NOT NULL,
+    grp INTEGER NOT NULL, member INTEGER NOT NULL, ordinal INTEGER NOT NULL,
+    lease_epoch INTEGER NOT NULL, advantage REAL NOT NULL, lag_steps INTEGER NOT NULL,
+    PRIMARY KEY (lineage, step, grp, member, ordinal),
+    FOREIGN KEY (lineage, step) REFERENCES steps (lineage, step),
+    FOREIGN KEY (grp, member, ordinal) REFERENCES segments (grp, member, ordinal)
+) STRICT, WITHOUT ROWID;
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -21,8 +21,7 @@ _SELECT = (
     "SELECT grp, member, ordinal, lease_epoch, kind, position, reward, finish, is_last, num_tokens, "
     "num_action_tokens, "
     "oldest_lineage, oldest_step, newest_lineage, newest_step, version_tokens, return_value, advantage, "
-    "state, "
-    "drop_reason FROM segments "
+    "is_late, state, drop_reason FROM segments "
 )
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Segment)
@@ -36,6 +35,7 @@ class SegmentRow(msgspec.Struct, frozen=True):
         oldest, newest: policy versions among its action tokens.
         versions: action tokens per policy version.
         advantage: after the group's baseline, before RED; None while the group is open.
+        is_late: its lifecycle ended after its group had closed; credited against the frozen baseline.
     """
 
     key: SegmentKey
@@ -52,8 +52,17 @@ class SegmentRow(msgspec.Struct, frozen=True):
     versions: tuple[VersionSpan, ...]
     return_value: float | None
     advantage: float | None
+    is_late: bool
     state: SegmentFate
     drop_reason: str
+
+
+class Dropped(NamedTuple):
+    """What is counted of a segment that was dropped."""
+
+    kind: str
+    position: int
+    num_action_tokens: int
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -69,7 +78,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
 def _row(values: tuple[object, ...]) -> SegmentRow:
     (grp, member, ordinal, epoch, kind, position, reward, finish, is_last, tokens, actions, *rest) = values
-    (old_line, old_step, new_line, new_step, spans, return_value, advantage, state, reason) = rest
+    (old_line, old_step, new_line, new_step, spans, return_value, advantage, is_late, state, reason) = rest
     return SegmentRow(
         key=SegmentKey(grp, member, ordinal),  # type: ignore[arg-type]  # the columns are STRICT and checked
         lease_epoch=epoch,  # type: ignore[arg-type]
@@ -85,6 +94,7 @@ def _row(values: tuple[object, ...]) -> SegmentRow:
         versions=tuple(VersionSpan(Version(a, b), n) for a, b, n in _spans.decode(str(spans))),
         return_value=return_value,  # type: ignore[arg-type]
         advantage=advantage,  # type: ignore[arg-type]
+        is_late=bool(is_late),
         state=state,  # type: ignore[arg-type]
         drop_reason=reason,  # type: ignore[arg-type]
     )
@@ -175,11 +185,11 @@ class SegmentTable:
         """Return a group's committed segments by key."""
         return select_rows(self._connection, "WHERE grp = ? ORDER BY grp, member, ordinal", (group,))
 
-    def oldest_ready(self, group: int) -> set[Version]:
-        """Return the oldest version of each ready segment of a group, without repeats."""
+    def oldest_versions(self, group: int, state: SegmentFate) -> set[Version]:
+        """Return the oldest version of each segment of a group in one state, without repeats."""
         rows = self._connection.execute(
-            "SELECT DISTINCT oldest_lineage, oldest_step FROM segments WHERE grp = ? AND state = 'ready'",
-            (group,),
+            "SELECT DISTINCT oldest_lineage, oldest_step FROM segments WHERE grp = ? AND state = ?",
+            (group, state),
         )
         return {Version(lineage, step) for lineage, step in rows}
 
@@ -228,30 +238,59 @@ class SegmentTable:
         for (ordinal,) in ordinals:
             yield self.payload(SegmentKey(group, member, int(ordinal)))
 
-    def set_ready(self, key: SegmentKey, return_value: float, baseline: float, advantage: float) -> None:
+    def set_ready(
+        self,
+        key: SegmentKey,
+        return_value: float,
+        baseline: float,
+        advantage: float,
+        *,
+        is_late: bool = False,
+    ) -> None:
         """Record a waiting segment's credit; it is trainable from now on."""
         self._connection.execute(
-            "UPDATE segments SET state = 'ready', return_value = ?, baseline = ?, advantage = ? "
+            "UPDATE segments SET state = 'ready', return_value = ?, baseline = ?, advantage = ?, is_late = ? "
             "WHERE grp = ? AND member = ? AND ordinal = ? AND state = 'waiting'",
-            (return_value, baseline, advantage, key.group, key.member, key.ordinal),
+            (return_value, baseline, advantage, int(is_late), key.group, key.member, key.ordinal),
         )
 
-    def drop(self, keys: Iterable[SegmentKey], reason: str) -> tuple[int, int]:
-        """Drop waiting or ready segments for a named reason; return how many segments and action tokens that
-        were.
-        """
-        num_segments = num_tokens = 0
+    def late_ready(self) -> list[SegmentRow]:
+        """Return the ready segments of late members whose group was trained without them, by key."""
+        clause = (
+            "INDEXED BY segments_late WHERE state = 'ready' AND is_late = 1 "
+            "AND (SELECT groups.state FROM groups WHERE groups.grp = segments.grp) = 'trained' "
+            "ORDER BY grp, member, ordinal"
+        )
+        return select_rows(self._connection, clause, ())
+
+    def kept(self, group: int) -> set[SegmentKey]:
+        """Return a group's segments whose payload is kept."""
+        rows = self._connection.execute(
+            "SELECT grp, member, ordinal FROM segments WHERE grp = ? AND payload IS NOT NULL", (group,)
+        )
+        return {SegmentKey(*row) for row in rows}
+
+    def unsettled(self) -> list[SegmentKey]:
+        """Return every segment that is neither trained nor dropped nor in a plan, by key."""
+        rows = self._connection.execute(
+            "SELECT grp, member, ordinal FROM segments WHERE state IN ('waiting', 'ready') "
+            "ORDER BY grp, member, ordinal"
+        )
+        return [SegmentKey(*row) for row in rows]
+
+    def drop(self, keys: Iterable[SegmentKey], reason: str) -> list[Dropped]:
+        """Drop waiting or ready segments for a named reason; return those that were."""
+        dropped = []
         for key in keys:
             found = self._connection.execute(
                 "UPDATE segments SET state = 'dropped', drop_reason = ? WHERE grp = ? AND member = ? AND "
                 "ordinal = ? "
-                "AND state IN ('waiting', 'ready') RETURNING num_action_tokens",
+                "AND state IN ('waiting', 'ready') RETURNING kind, position, num_action_tokens",
                 (reason, key.group, key.member, key.ordinal),
             ).fetchone()
             if found is not None:
-                num_segments += 1
-                num_tokens += int(found[0])
-        return num_segments, num_tokens
+                dropped.append(Dropped(*found))
+        return dropped
 
     def restart(self, group: int, member: int, reason: str) -> tuple[int, int]:
         """Move the segments of a lifecycle that starts anew to the refused ones; return how many segments and

@@ -150,6 +150,15 @@ class WorkTable:
             (floor.lineage, floor.step, group),
         )
 
+    def freeze(self, group: int, baselines: str) -> None:
+        """Keep the baselines of a closed group (JSON) for members that end later."""
+        self._connection.execute("UPDATE groups SET baselines = ? WHERE grp = ?", (baselines, group))
+
+    def frozen(self, group: int) -> str:
+        """Return the baselines that a group was closed with; empty when no member was left running."""
+        found = self._connection.execute("SELECT baselines FROM groups WHERE grp = ?", (group,)).fetchone()
+        return "" if found is None else str(found[0])
+
     def count_groups(self) -> dict[str, int]:
         """Return the number of groups by state."""
         return dict(self._connection.execute("SELECT state, count(*) FROM groups GROUP BY state"))

@@ -211,9 +211,11 @@ def _check_chain(
     """The digests of plans, steps and checkpoints are one chain over the surviving history."""
     chain = [""]
     for at in history.path(wanted):
+        columns = "grp, member, ordinal, lease_epoch, advantage"
         items = database.execute(
-            "SELECT grp, member, ordinal, lease_epoch, advantage FROM step_items "
-            "WHERE lineage = ? AND step = ? ORDER BY grp, member, ordinal",
+            f"SELECT {columns} FROM step_items WHERE lineage = ?1 AND step = ?2 "  # noqa: S608
+            f"UNION ALL SELECT {columns} FROM step_replays WHERE lineage = ?1 AND step = ?2 "
+            "ORDER BY grp, member, ordinal",
             at,
         ).fetchall()
         plan = hashlib.sha256(b"".join(struct.pack("<qqqqd", *item) for item in items)).hexdigest()

@@ -95,6 +95,10 @@ class TextAgentEngine:
         self.max_context_tokens = 30_000
         self.renderer = renderer
 
+    @property
+    def extra_counters(self) -> dict[str, float]:
+        return {}
+
     async def generate(
         self, token_ids: Sequence[int], params: SamplingParams, *, session: str | None = None
     ) -> Completion:
@@ -113,6 +117,9 @@ class TextAgentEngine:
         return None
 
     async def update_weights(self, manifest: Manifest) -> None:
+        return None
+
+    def announce(self, manifest: Manifest) -> None:
         return None
 
     async def aclose(self) -> None:

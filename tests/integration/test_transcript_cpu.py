@@ -200,7 +200,7 @@ def _check_gradient(segments: list[Segment], run_dir: Path, config: Config) -> N
         trainer = Trainer.create(model, config.learner, config.loss, config.engine.temperature)
         flat = flatten(items, vocab_size=int(model.head_weight.shape[0]))
         assert flat.lengths.max() > 1_000
-        trainer._accumulate(flat)
+        trainer.accumulate(flat)
         counts.append(flat.num_action_tokens)
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     scale = counts[0] / counts[1]  # the token mean counts the tokens of zero advantage as well

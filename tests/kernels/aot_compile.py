@@ -43,13 +43,16 @@ class Case:
 
 def loss_cases() -> list[Case]:
     types = dict.fromkeys(("cur_ptr", "beh_ptr", "adv_ptr", "neg_ptr", "weight_ptr", "prox_ptr"), "*fp32")
-    types |= dict.fromkeys(("ref_ptr", "ent_ptr", "bound_ptr", "grad_ptr"), "*fp32")
+    types |= dict.fromkeys(("ref_ptr", "ent_ptr", "bound_ptr", "segment_ptr", "grad_ptr"), "*fp32")
     types |= {"ids_ptr": "*i64", "partial_ptr": "*fp64", "num_tokens": "i32", "num_segments": "i32"}
     types |= dict.fromkeys(("low", "high", "dual_cap", "floor", "cap", "tv", "kl_coef"), "fp32")
+    types |= {"log_ratio_coef": "fp32"}
     plain = {
         "HAS_DUAL": False,
         "HAS_PARTS": False,
-        "HAS_PROXIMAL": False,
+        "PROXIMAL": 0,
+        "HAS_SEGMENT_RATIO": False,
+        "HAS_SQUARE": False,
         "HAS_ENTROPY": True,
         "WEIGHT": 0,
         "KL": 0,
@@ -57,7 +60,9 @@ def loss_cases() -> list[Case]:
     full = {
         "HAS_DUAL": True,
         "HAS_PARTS": True,
-        "HAS_PROXIMAL": True,
+        "PROXIMAL": 1,
+        "HAS_SEGMENT_RATIO": False,
+        "HAS_SQUARE": True,
         "HAS_ENTROPY": True,
         "WEIGHT": 2,
         "KL": 3,
@@ -79,7 +84,9 @@ def loss_cases() -> list[Case]:
             more = (
                 {"WEIGHT": 1, "KL": 1},
                 {"WEIGHT": 0, "KL": 2},
-                {"HAS_PROXIMAL": False, "HAS_DUAL": False},
+                {"PROXIMAL": 0, "HAS_DUAL": False},
+                {"PROXIMAL": 2, "HAS_SQUARE": False},
+                {"WEIGHT": 0, "HAS_SEGMENT_RATIO": True},
             )
             for part in more:
                 label = ".".join(f"{k}{int(v)}" for k, v in part.items())

@@ -19,7 +19,7 @@ import exponential_cases
 import numpy as np
 import torch
 from test_segment_loss import DEVICE_ONLY, spoiled
-from test_segment_loss_modes import CLIPS, COUNT, KLS, WEIGHTS, arrays, tensors
+from test_segment_loss_modes import CLIPS, COUNT, KLS, SEGMENT_CLIPS, SEGMENTS, WEIGHTS, arrays, tensors
 
 from cod_kernels import LossOptions, linear_logprob, linear_segment_loss, segment_loss, segment_reduce
 from cod_kernels.linear_logprob.reference import linear_logprob_reference
@@ -47,21 +47,38 @@ def loss_modes() -> Result:
                 data["advantages"] = np.abs(data["advantages"])
             else:
                 del data["proximal_logprobs"]
-            given: dict[str, Any] = tensors(data, torch.float32)
-            found = []
-            for backend in ("torch", "triton"):
-                leaf = given["current_logprobs"].clone().requires_grad_()
-                call = (
-                    given
-                    | options
-                    | {"current_logprobs": leaf, "entropy": torch.ones(COUNT), "backend": backend}
-                )
-                loss, metrics = segment_loss(**call)
-                loss.backward()
-                found.append((loss.detach(), leaf.grad, metrics))
-            for name, a, b in zip(worst, found[1], found[0], strict=True):
-                worst[name] = max(worst[name], apart(a, b))  # type: ignore[arg-type]
+            compare_with_twin(data, options, worst)
     return worst
+
+
+def loss_anchors() -> Result:
+    """The same for proximal log-probs as shares, and for one ratio per segment."""
+    worst: Result = {"loss": 0.0, "gradient": 0.0, "metrics": 0.0}
+    for number, clip in enumerate(CLIPS):
+        data = arrays(number)
+        del data["proximal_logprobs"]
+        data["proximal_mix"] = np.random.default_rng(number).choice([0.0, 0.5, 1.0], COUNT)
+        compare_with_twin(data, clip | KLS[number % 4] | WEIGHTS[number % 3], worst)
+    for number, clip in enumerate(SEGMENT_CLIPS):
+        data = arrays(number) | {"segment_log_ratios": np.random.default_rng(number).normal(0, 0.2, SEGMENTS)}
+        if number % 2:
+            del data["proximal_logprobs"]
+        compare_with_twin(data, clip | KLS[number % 4], worst)
+    return worst
+
+
+def compare_with_twin(data: dict[str, np.ndarray], options: dict[str, Any], worst: Result) -> None:
+    """Call both backends and keep the largest distances."""
+    given: dict[str, Any] = tensors(data, torch.float32)
+    found = []
+    for backend in ("torch", "triton"):
+        leaf = given["current_logprobs"].clone().requires_grad_()
+        call = given | options | {"current_logprobs": leaf, "entropy": torch.ones(COUNT), "backend": backend}
+        loss, metrics = segment_loss(**call)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad, metrics))
+    for name, a, b in zip(worst, found[1], found[0], strict=True):
+        worst[name] = max(worst[name], apart(a, b))  # type: ignore[arg-type]
 
 
 def loss_finish() -> Result:
@@ -273,6 +290,7 @@ def bf16_dot_is_wrong() -> Result:
 
 CASES: dict[str, Any] = {
     "loss_modes": loss_modes,
+    "loss_anchors": loss_anchors,
     "loss_finish": loss_finish,
     "loss_lengths": loss_lengths,
     "loss_bad_tokens": loss_bad_tokens,

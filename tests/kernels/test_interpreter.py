@@ -39,6 +39,7 @@ pytestmark = [
 
 BOUNDS: dict[str, dict[str, float]] = {
     "loss_modes": {"loss": 2e-6, "gradient": 2e-6, "metrics": 2e-6},
+    "loss_anchors": {"loss": 2e-6, "gradient": 2e-6, "metrics": 2e-6},
     "loss_finish": {"loss": 1e-6, "metrics": 1e-6, "repeats": 0},
     "loss_lengths": {"loss_and_metrics": 2e-6},
     "loss_bad_tokens": {"wrong_cases": 0},

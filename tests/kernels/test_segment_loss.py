@@ -181,6 +181,9 @@ DEVICE_ONLY: list[tuple[dict[str, Any], dict[str, Any], list[int], str]] = [
         "m2po_bound are not finite or have the wrong sign at 400",
     ),
     ({"m2po_bound": math.nan}, {"clip": "m2po"}, "all", "m2po_bound"),
+    ({"m2po_bound": [0.3, -0.1]}, {"clip": "m2po"}, "all", "m2po_bound"),
+    ({"segment_log_ratios": {22: math.nan}}, {}, "segment 22", "segment_log_ratios or m2po_bound"),
+    ({"proximal_mix": {5: math.nan}}, {}, [5], "proximal_mix are not finite at 1 tokens"),
     ({"m2po_bound": math.inf}, {"clip": "m2po"}, "all", "m2po_bound"),
 ]
 
@@ -190,12 +193,17 @@ def spoiled(changes: dict[str, Any], bad: Any) -> tuple[LossInputs, list[int]]:
     data = _tokens(dtype=torch.float32)
     tensors = {k.removesuffix("_logprobs"): v for k, v in data.items()}
     tensors["proximal"] = tensors["behavior"].clone()
+    if "segment_log_ratios" in changes:
+        tensors["segment_log_ratios"] = torch.zeros(23)
+    if "proximal_mix" in changes:
+        tensors["proximal_mix"] = torch.ones(400)
+        del tensors["proximal"]
     if "negative_advantages" in changes:
         tensors["negative_advantages"] = -tensors["advantages"].abs()
         tensors["advantages"] = tensors["advantages"].abs()
     for name, values in changes.items():
         if not isinstance(values, dict):
-            tensors[name] = torch.tensor(values)
+            tensors[name] = torch.tensor(values).expand(2)
             continue
         for index, value in values.items():
             tensors[name][index] = value
@@ -260,7 +268,16 @@ def test_values_that_only_a_device_has_seen(
         ({"clip": "m2po", "m2po_bound": -0.5}, "m2po_bound must be at least 0"),
         ({"clip": "m2po", "m2po_bound": torch.tensor(-0.5)}, "m2po_bound must be at least 0"),
         ({"clip": "m2po", "m2po_bound": torch.tensor(math.nan)}, "m2po_bound must be at least 0"),
-        ({"clip": "m2po", "m2po_bound": torch.ones(2)}, "m2po_bound must be one number"),
+        ({"clip": "m2po", "m2po_bound": torch.ones(3)}, "m2po_bound must be one number or two"),
+        ({"clip": "m2po", "m2po_bound": torch.tensor([0.5, -0.5])}, "m2po_bound must be at least 0"),
+        ({"proximal_mix": torch.full((400,), 1.5)}, r"proximal_mix\[0\] is 1.5; it is a share"),
+        ({"proximal_mix": torch.ones(400), "proximal_logprobs": torch.zeros(400)}, "pass one of them"),
+        ({"segment_log_ratios": torch.zeros(23), "clip": "none"}, "segment_log_ratios are for clips"),
+        ({"segment_log_ratios": torch.zeros(23), "behavior_weight": "masked"}, "is per token"),
+        ({"segment_log_ratios": torch.zeros(22)}, "segment_log_ratios must be one number per segment"),
+        ({"segment_log_ratios": torch.full((23,), math.nan)}, r"segment_log_ratios\[0\] is nan"),
+        ({"clip": "topr", "behavior_weight": "truncated"}, "count the ratio twice"),
+        ({"log_ratio_coef": -1.0}, "log_ratio_coef must be at least 0"),
         ({"clip": "m2po", "m2po_bound": torch.ones((), device="meta")}, "m2po_bound is on meta"),
         ({"tv_bound": math.nan}, "tv_bound"),
         ({"behavior_weight": "masked", "weight_floor": 3.0}, "weight_cap must be positive and above"),

@@ -24,8 +24,18 @@ CLIPS: list[dict[str, Any]] = [
     {"clip": "ppo", "eps_low": 0.1, "eps_high": 0.28, "dual_clip": 1.4},
     {"clip": "cispo", "eps_low": 0.9, "eps_high": 0.3},
     {"clip": "dppo_tv", "tv_bound": 0.05},
+    {"clip": "dppo_tv", "tv_bound": 0.1, "log_ratio_coef": 0.2},
     {"clip": "m2po", "m2po_bound": 0.25},
+    {"clip": "topr"},
 ]
+SEGMENT_CLIPS: list[dict[str, Any]] = [
+    {"clip": "one_side", "log_ratio_coef": 0.1},
+    {"clip": "ppo", "eps_low": 0.1, "eps_high": 0.2},
+    {"clip": "ppo", "dual_clip": 1.3},
+    {"clip": "cispo", "eps_low": 0.05, "eps_high": 0.1},
+    {"clip": "topr"},
+]
+"""Clips that take one ratio per segment."""
 WEIGHTS: list[dict[str, Any]] = [
     {"behavior_weight": "none"},
     {"behavior_weight": "truncated", "weight_cap": 1.1},
@@ -58,10 +68,12 @@ def clamp(x: float) -> float:
     return min(max(x, -20.0), 20.0)
 
 
-def policy_term(a: float, cur: float, anchor: float, o: dict[str, Any]) -> tuple[float, float]:
+def policy_term(
+    a: float, cur: float, anchor: float, difference: float, o: dict[str, Any]
+) -> tuple[float, float]:
     """Objective and slope of one token for one part of its advantage."""
-    log_ratio = clamp(cur - anchor)
-    ratio, inside = math.exp(log_ratio), abs(cur - anchor) <= 20
+    log_ratio = clamp(difference)
+    ratio, inside = math.exp(log_ratio), abs(difference) <= 20
     low, high = 1 - o.get("eps_low", 0.2), 1 + o.get("eps_high", 0.2)
     kind = o["clip"]
     if kind == "none" or a == 0:
@@ -71,6 +83,9 @@ def policy_term(a: float, cur: float, anchor: float, o: dict[str, Any]) -> tuple
         return keep * a * cur, keep * a
     if kind == "cispo":
         factor = min(max(ratio, low), high)
+        return factor * a * cur, factor * a
+    if kind == "topr":
+        factor = min(ratio, 1.0) if a < 0 else 1.0
         return factor * a * cur, factor * a
     if kind == "dppo_tv":
         moved = math.exp(cur) - math.exp(anchor)
@@ -89,11 +104,14 @@ def transcription(data: dict[str, np.ndarray], o: dict[str, Any]) -> tuple[float
     for t, s in enumerate(data["segment_ids"]):
         cur, beh = data["current_logprobs"][t], data["behavior_logprobs"][t]
         prox = data["proximal_logprobs"][t] if "proximal_logprobs" in data else None
+        if "proximal_mix" in data:
+            prox = beh + data["proximal_mix"][t] * (cur - beh)
         anchor = beh if prox is None else prox
+        difference = data["segment_log_ratios"][s] if "segment_log_ratios" in data else cur - anchor
         parts = [data["advantages"][s]]
         if "negative_advantages" in data:
             parts.append(data["negative_advantages"][s])
-        terms = [policy_term(a, cur, anchor, o) for a in parts]
+        terms = [policy_term(a, cur, anchor, difference, o) for a in parts]
         value, slope = sum(v for v, _ in terms), sum(g for _, g in terms)
         w = math.exp(clamp(cur - beh if prox is None else prox - beh))
         if o["behavior_weight"] == "truncated":
@@ -103,6 +121,9 @@ def transcription(data: dict[str, np.ndarray], o: dict[str, Any]) -> tuple[float
         else:
             factor = 1.0
         token, grad = -factor * value, -factor * slope
+        drift = clamp(cur - beh)
+        token += o.get("log_ratio_coef", 0.0) * drift**2
+        grad += o.get("log_ratio_coef", 0.0) * 2 * drift * (abs(cur - beh) <= 20)
         if o["kl_coef"]:
             gap = data["reference_logprobs"][t] - cur
             r, inside = clamp(gap), abs(gap) <= 20
@@ -126,12 +147,15 @@ def tensors(data: dict[str, np.ndarray], dtype: torch.dtype = torch.float64) -> 
 
 
 @pytest.mark.parametrize("is_split", [False, True], ids=["whole", "parts"])
-@pytest.mark.parametrize("is_decoupled", [False, True], ids=["behavior", "proximal"])
+@pytest.mark.parametrize("anchor", ["behavior", "proximal", "mix"])
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda o: "-".join(map(str, o.values())))
-def test_every_mode_against_numpy(clip: dict[str, Any], is_decoupled: bool, is_split: bool) -> None:
+def test_every_mode_against_numpy(clip: dict[str, Any], anchor: str, is_split: bool) -> None:
     data = arrays()
-    if not is_decoupled:
+    is_decoupled = anchor != "behavior"
+    if anchor != "proximal":
         del data["proximal_logprobs"]
+    if anchor == "mix":
+        data["proximal_mix"] = np.random.default_rng(2).choice([0.0, 0.5, 0.75], COUNT)
     if is_split:
         rng = np.random.default_rng(1)
         data["advantages"], data["negative_advantages"] = (
@@ -154,14 +178,84 @@ def test_every_mode_against_numpy(clip: dict[str, Any], is_decoupled: bool, is_s
         assert loss.item() == pytest.approx(expected, rel=1e-11)
         np.testing.assert_allclose(leaf.grad.numpy(), gradient, rtol=1e-11, atol=1e-15)  # type: ignore[union-attr]
         named = summarize_metrics(metrics)
-        assert named["num_clamped"] == 2
+        clamped = (1 - data["proximal_mix"][:2]) * 25 > 20 if anchor == "mix" else np.array([True, True])
+        assert named["num_clamped"] == clamped.sum()
+
+
+@pytest.mark.parametrize("is_decoupled", [False, True], ids=["behavior", "proximal"])
+@pytest.mark.parametrize("clip", SEGMENT_CLIPS, ids=lambda o: "-".join(map(str, o.values())))
+def test_one_ratio_per_segment_against_numpy(clip: dict[str, Any], is_decoupled: bool) -> None:
+    data = arrays() | {"segment_log_ratios": np.random.default_rng(4).normal(0, 0.2, SEGMENTS)}
+    data["segment_log_ratios"][5] = 21.0
+    if not is_decoupled:
+        del data["proximal_logprobs"]
+    for kl in KLS:
+        options = clip | kl | {"behavior_weight": "none"}
+        expected, gradient = transcription(data, options)
+        given = tensors(data)
+        leaf = given["current_logprobs"].requires_grad_()
+        loss, metrics = segment_loss(**given, **options)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected, rel=1e-11)
+        np.testing.assert_allclose(leaf.grad.numpy(), gradient, rtol=1e-11, atol=1e-15)  # type: ignore[union-attr]
+        assert summarize_metrics(metrics)["num_clamped"] == (data["segment_ids"] == 5).sum()
+
+
+def test_a_segment_ratio_has_the_gradient_of_the_geometric_mean() -> None:
+    """GSPO written down whole, sequence by sequence (arXiv 2507.18071, equations 5 to 7), under autograd."""
+    data = arrays(3)
+    current, behavior = data["current_logprobs"].copy(), data["behavior_logprobs"]
+    current[:2] = behavior[:2]
+    ids, sizes = data["segment_ids"], np.bincount(data["segment_ids"], minlength=SEGMENTS)
+    leaf = torch.from_numpy(current.copy()).requires_grad_()
+    truth = torch.zeros((), dtype=torch.float64)
+    for s in range(SEGMENTS):
+        of = torch.from_numpy(np.flatnonzero(ids == s))
+        ratio = ((leaf[of] - torch.from_numpy(behavior)[of]).sum() / len(of)).exp()
+        a = float(data["advantages"][s])
+        truth = truth - torch.minimum(ratio * a, ratio.clamp(0.95, 1.1) * a) / SEGMENTS
+    truth.backward()
+    means = np.bincount(ids, weights=current - behavior, minlength=SEGMENTS) / sizes
+    ours = torch.from_numpy(current.copy()).requires_grad_()
+    given = tensors(data | {"weights": 1 / (SEGMENTS * sizes), "segment_log_ratios": means})
+    del given["proximal_logprobs"]
+    loss, _ = segment_loss(
+        **(given | {"current_logprobs": ours}),
+        clip="ppo",
+        eps_low=0.05,
+        eps_high=0.1,  # type: ignore[arg-type]
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-12)
+    assert torch.allclose(ours.grad, leaf.grad, rtol=1e-12, atol=1e-17)  # type: ignore[arg-type]
+    assert 0 < int((leaf.grad == 0).sum()) < COUNT
+
+
+def test_a_share_of_one_is_the_current_log_prob_itself() -> None:
+    """Ratio exactly 1, weight current / behaviour: the decoupled objective of one update per batch."""
+    data = arrays()
+    del data["proximal_logprobs"]
+    data["proximal_mix"] = np.ones(COUNT)
+    for dtype in (torch.float64, torch.float32):
+        given = tensors(data, dtype)
+        leaf = given["current_logprobs"].requires_grad_()
+        loss, metrics = segment_loss(**given, clip="ppo", behavior_weight="truncated", weight_cap=1.5)  # type: ignore[arg-type]
+        loss.backward()
+        named = summarize_metrics(metrics)
+        assert named["ratio_max"] == named["ratio_min"] == 1
+        assert named["masked_frac"] == 0
+        ids = given["segment_ids"]
+        ratio = (leaf.detach() - given["behavior_logprobs"]).clamp(-20, 20).exp().clamp(max=1.5)
+        expected = -given["weights"][ids] * given["advantages"][ids] * ratio
+        assert torch.allclose(leaf.grad, expected, rtol=1e-6)  # type: ignore[arg-type]
 
 
 def test_parts_are_the_sum_over_branches() -> None:
     """A prefix shared by three branches counts once, with the sums of their advantages by sign."""
     data = arrays()
     branches = np.random.default_rng(5).normal(size=(3, SEGMENTS))
-    for clip in CLIPS:
+    for switches in CLIPS:
+        clip = switches | {"log_ratio_coef": 0.0}  # a price on every token, whatever its advantage
         total, gradient = 0.0, torch.zeros(COUNT, dtype=torch.float64)
         for row in branches:
             given = tensors(data | {"advantages": row})

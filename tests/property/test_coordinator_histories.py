@@ -30,6 +30,7 @@ from cod_async.envs.hidden_buttons import SPEC
 from cod_async.envs.hidden_buttons.env import HiddenButtons
 from cod_async.lifecycle.segment import SegmentKey
 from cod_async.store.ledger import ledger_with_problems
+from cod_async.store.segments import SegmentRow
 from cod_async.wire.messages import SegmentData, StepRequest
 
 OPERATIONS = {
@@ -66,11 +67,16 @@ class History:
         on_bound: str,
         is_deterministic: bool,
         is_resumable: bool = True,
+        has_late: bool = False,
+        max_uses: int = 1,
     ) -> None:
         self.rng = random.Random(seed)
+        quorum = {"close": "quorum", "quorum_members": 2, "after_s": 1.0} if has_late else {}
         self.config = make_config(
             staleness={"max_lag": max_lag, "on_bound": on_bound},
-            groups={"deadline_s": 50.0},
+            lifecycle={"group_size": 3 if has_late else 2},
+            replay={"max_uses": max_uses, "groups_per_step": 2 if max_uses > 1 else 0},
+            groups={"deadline_s": 50.0, **quorum},
             learner={"groups_per_step": self.rng.choice([1, 2])},
             store={"retention": self.rng.choice(["all", "until_checkpoint"])},
             credit_assignment={"red": self.rng.choice(["off", "bisection"])},
@@ -85,6 +91,7 @@ class History:
         self.gone: list[Actor] = []
         self.actors = [self.new_actor(), self.new_actor()]
         self.num_rollbacks = 0
+        self.num_replayed = self.num_late = 0
 
     def new_actor(self) -> Actor:
         self.num_actors += 1
@@ -172,8 +179,9 @@ class History:
         """Compare the database with what everybody else counted."""
         answer, problems = ledger_with_problems(self.world.folder)
         assert answer["balanced"], problems
-        trained = [item.key for items in self.learner.history for item in items]
-        assert len(set(trained)) == len(trained), "trained twice"
+        uses = Counter(item.key for items in self.learner.history for item in items)
+        assert max(uses.values(), default=0) <= self.config.replay.max_uses, "trained too often"
+        trained = list(uses)
         rows = self.world.store._connection.execute(
             "SELECT grp, member, ordinal, lease_epoch, state FROM segments"
         ).fetchall()
@@ -195,14 +203,26 @@ class History:
         sealed = sum(actor.counters["sealed_segments"] for actor in everyone)
         assert answer["segments"]["generated"] <= sealed
         assert answer["segments"]["trained"] == len(trained)
-        assert answer["tokens"]["trained"] == sum(
-            row.num_action_tokens for items in self.learner.history for item in items for row in item.rows
-        )
+        tokens: Counter[SegmentKey] = Counter()
+        for item in (item for items in self.learner.history for item in items):
+            tokens[item.key] += sum(row.num_action_tokens for row in item.rows)
+        assert answer["tokens"]["trained"] == sum(tokens[key] // uses[key] for key in uses)
+        replayed = {"segments": uses.total() - len(uses)}
+        replayed["tokens"] = tokens.total() - answer["tokens"]["trained"]
+        assert answer.get("replayed", {"segments": 0, "tokens": 0}) == replayed
+        self.num_replayed = replayed["segments"]
+        self.num_late = sum(row.is_late for row in self.late_rows())
         dropped: Counter[str] = sum((actor.dropped for actor in everyone), Counter())
         for reason in ("wrong_world", "fenced"):
             assert answer["segments"]["dropped"].get(reason, 0) >= (dropped[reason] > 0)
         if not self.num_rollbacks and self.config.staleness.on_bound == "wait":
             assert "stale" not in answer["segments"]["dropped"]
+
+    def late_rows(self) -> list[SegmentRow]:
+        """Every segment that was credited late, whatever became of it."""
+        groups = self.world.store._connection.execute("SELECT grp FROM groups").fetchall()
+        segments = self.world.store.segments
+        return [row for (group,) in groups for row in segments.of_group(group) if row.is_late]
 
     def check_progress(self) -> None:
         """With one healthy actor and the learner alone, steps must follow each other."""
@@ -270,6 +290,31 @@ def test_random_histories_keep_their_books(
         live(
             History(Path(folder), seed, max_lag=max_lag, on_bound=on_bound, is_deterministic=is_deterministic)
         )
+
+
+@pytest.mark.parametrize(
+    ("max_lag", "on_bound", "max_uses", "has_late"),
+    [(3, "wait", 1, True), (2, "expire", 1, True), (4, "wait", 3, False), (3, "expire", 2, True)],
+)
+def test_late_members_and_replay_keep_the_books_as_well(
+    max_lag: int, on_bound: str, max_uses: int, has_late: bool
+) -> None:
+    num_late = num_replayed = 0
+    for seed in range(10):
+        with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER) as folder:
+            history = History(
+                Path(folder),
+                seed,
+                max_lag=max_lag,
+                on_bound=on_bound,
+                is_deterministic=False,
+                max_uses=max_uses,
+                has_late=has_late,
+            )
+            live(history)
+            num_late += history.num_late
+            num_replayed += history.num_replayed
+    assert (num_late > 0, num_replayed > 0) == (has_late, max_uses > 1)  # it did happen
 
 
 class Forgetful(HiddenButtons):

@@ -6,10 +6,12 @@ rectangles of similar length), and decodes one token for every row. Between two 
 other coroutines, so weights change only between two tokens. With nothing to do the task ends; the next
 request starts it again.
 
-Weight switches (``on_publish``): ``in_place`` goes on with the old keys and values; ``recompute`` computes
-the keys and values of every live row again under the new weights, so that a plain forward under them
-reproduces the log-probs of all tokens sampled after the switch; ``at_episode_boundary`` holds new sessions
-back until all open ones are closed, at most ``max_hold_s``, then switches.
+Weight switches (``on_publish``): ``in_place`` (and ``auto``) goes on with the old keys and values, also in
+sessions that are idle; every other mode computes them again under the new weights, so that a plain forward
+under them reproduces the log-probs of all tokens sampled after the switch. ``retract`` switches at once;
+``wait`` holds new requests back until the running ones are done, and ``at_segment_boundary`` new sessions
+until all open ones are closed, each at most ``hold_timeout_s``. A hold that ends by that limit is a
+``retract``.
 
 Batch invariance: with ``is_batch_invariant`` every token, given or sampled, goes through the decode step
 alone, in one fixed shape ([max_running rounded up to 32] rows, the whole context attended and masked).
@@ -17,7 +19,7 @@ Nothing a row computes depends
 on other rows, on its slot, on arrival order, or on whether its prefix was generated here or prefilled after a
 takeover: tokens and log-probs are bitwise a function of (weights, row ids, seed), for one ``max_running``,
 context length, number of threads and kind of machine. It is checked once at start-up. A switch ``in_place``
-makes the old weights part of that function; ``recompute`` does not. Without the flag, results agree to
+makes the old weights part of that function; the other modes do not. Without the flag, results agree to
 float32 rounding, so a sampled token differs only where the random number falls within rounding of a boundary.
 """
 
@@ -52,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Held:
-    """A loaded version that waits for the open episodes to close; ``done`` wakes its caller."""
+    """A loaded version that waits for what ``on_publish`` lets go first; ``done`` wakes its caller."""
 
     weights: FusedWeights
     version: Version
@@ -69,7 +71,6 @@ class EmbeddedEngine:
         max_context_tokens: longest row, prompt and completion.
         version: policy version of the starting weights.
         run_dir: run folder that manifests refer to.
-        max_hold_s: longest time that ``at_episode_boundary`` holds a switch back, in seconds.
 
     Raises:
         EngineError: the model is not on the CPU, or this machine's arithmetic is not batch invariant although
@@ -84,7 +85,6 @@ class EmbeddedEngine:
         max_context_tokens: int,
         version: Version,
         run_dir: Path,
-        max_hold_s: float = 60.0,
     ) -> None:
         if model.device.type != "cpu":
             raise EngineError(f"the embedded engine runs on the CPU, the model is on {model.device}")
@@ -94,7 +94,6 @@ class EmbeddedEngine:
         self._version = version
         self._digest: str | None = None  # of weights that came with a manifest
         self._run_dir = run_dir
-        self._max_hold_s = max_hold_s
         self._stepper = Stepper(model, config, max_context_tokens)
         self._table = self._stepper.table
         self._scheduler = Scheduler(config.max_running, self._table)
@@ -105,6 +104,11 @@ class EmbeddedEngine:
         self._loading = asyncio.Lock()
         self._held: _Held | None = None
         self._is_closed = False
+
+    @property
+    def extra_counters(self) -> dict[str, float]:
+        """Nothing beyond the counters."""
+        return {}
 
     @property
     def version(self) -> Version:
@@ -169,8 +173,8 @@ class EmbeddedEngine:
     async def update_weights(self, manifest: Manifest) -> None:
         """Load a published version beside the loop and switch to it between two tokens.
 
-        Returns when the switch is done; in mode ``at_episode_boundary`` also when a newer version replaced
-        this one while it was held back.
+        Returns when the switch is done; in the modes ``wait`` and ``at_segment_boundary`` also when a newer
+        version replaced this one while it was held back.
 
         Raises:
             WeightsError: missing, wrong digest, or not this model's tensors; the engine keeps its old
@@ -189,10 +193,13 @@ class EmbeddedEngine:
             )
         await self._take_up(weights, manifest.version, manifest.digest)
 
+    def announce(self, manifest: Manifest) -> None:
+        """Nothing to do: a version is taken up when :meth:`update_weights` is called for it."""
+
     def swap_weights(self, tensors: Mapping[str, Tensor], version: Version) -> None:
         """Switch at once to tensors that are already in this process, in the mode of ``on_publish``.
 
-        ``at_episode_boundary`` does not hold here: the caller decides when to call.
+        ``wait`` and ``at_segment_boundary`` do not hold here: the caller decides when to call.
 
         Raises:
             WeightsError: not this model's tensors; the engine keeps its old weights.
@@ -263,7 +270,7 @@ class EmbeddedEngine:
 
     def _drop_running(self, request: Request) -> None:
         slot = request.session.slot
-        if slot is not None:
+        if slot is not None and self._table.is_running[slot]:  # a held turn waits beside its idle slot
             self.counters.aborted_tokens += int(self._table.known[slot] - self._table.prompt[slot])
         self._scheduler.abort(request, self._step_number)
 
@@ -287,10 +294,10 @@ class EmbeddedEngine:
         return FusedWeights.of(config, {name: tensor.to(dtype) for name, tensor in tensors.items()})
 
     async def _take_up(self, weights: FusedWeights, version: Version, digest: str) -> None:
-        """Switch now, or hold the switch back until the open episodes are closed."""
+        """Switch now, or hold the switch back until what ``on_publish`` lets go first is done."""
         if self._is_closed:
             raise EngineClosedError("the engine was closed before the switch")
-        if self._config.on_publish != "at_episode_boundary" or not self._scheduler.has_open_episode:
+        if not self._must_hold:
             self._switch(weights, version, digest)
             return
         if self._held is not None and not self._held.done.done():
@@ -298,38 +305,47 @@ class EmbeddedEngine:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         held = self._held = _Held(weights, version, digest, done)
-        self._scheduler.is_holding_new = True
-        timer = loop.call_later(self._max_hold_s, self._switch_late, done)
+        self._scheduler.hold = "turns" if self._config.on_publish == "wait" else "sessions"
+        timer = loop.call_later(self._config.hold_timeout_s, self._switch_late, done)
         try:
             await done
         except asyncio.CancelledError:
             if self._held is held:
                 self._held = None
-                self._scheduler.is_holding_new = False
+                self._scheduler.hold = None
                 self._wake()
             raise
         finally:
             timer.cancel()
 
+    @property
+    def _must_hold(self) -> bool:
+        """Whether something is under way that a switch has to wait for."""
+        mode = self._config.on_publish
+        if mode == "wait":
+            return self._scheduler.has_running
+        return mode == "at_segment_boundary" and self._scheduler.has_open_episode
+
     def _switch_late(self, done: asyncio.Future[None]) -> None:
         """End a hold that took too long, so that no forgotten session keeps an engine on old weights."""
         if self._held is not None and self._held.done is done:
             _log.warning(
-                "open episodes held version %s back for %.0f s; switching now",
+                "%s held version %s back for %.0f s; switching now",
+                "running completions" if self._scheduler.hold == "turns" else "open episodes",
                 self._held.version,
-                self._max_hold_s,
+                self._config.hold_timeout_s,
             )
             self._switch_if_possible(is_forced=True)
 
     def _switch_if_possible(self, *, is_forced: bool = False) -> None:
         """Do a held switch once nothing stands in its way."""
-        if self._held is None or (self._scheduler.has_open_episode and not is_forced):
+        if self._held is None or (self._must_hold and not is_forced):
             return
         held, self._held = self._held, None
         self._switch(held.weights, held.version, held.digest)
         if not held.done.done():
             held.done.set_result(None)
-        self._scheduler.is_holding_new = False
+        self._scheduler.hold = None
         self._wake()
 
     def _switch(self, weights: FusedWeights, version: Version, digest: str | None) -> None:
@@ -339,8 +355,8 @@ class EmbeddedEngine:
             request.marks.append((self._version, int(table.known[slot] - table.prompt[slot])))
         self._stepper.weights, self._version, self._digest = weights, version, digest
         self.counters.num_weight_updates += 1
-        if self._config.on_publish == "recompute":
-            table.length[:] = 0
+        if self._config.on_publish not in ("auto", "in_place"):
+            table.length[:] = 0  # no row, running or idle, may read keys and values of the old weights
 
     # The loop
 

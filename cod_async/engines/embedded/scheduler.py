@@ -14,6 +14,7 @@ import heapq
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cod_async.engines.base import Completion, SamplingParams
 from cod_async.engines.embedded.slots import IntArray, SlotTable
@@ -78,7 +79,8 @@ class Scheduler:
     def __init__(self, num_slots: int, table: SlotTable) -> None:
         self.table = table
         self.waiting: deque[Request] = deque()
-        self.is_holding_new = False
+        self.hold: Literal["turns", "sessions"] | None = None
+        """What waits for a weight switch: every new request, or those of new sessions."""
         self.num_evictions = 0
         self._num_slots = num_slots
         self._free = list(range(num_slots))
@@ -91,6 +93,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a step would do anything: something runs, or something that may be admitted waits."""
         return bool(self._by_slot) or any(self._may_start(request) for request in self.waiting)
+
+    @property
+    def has_running(self) -> bool:
+        """Whether any request holds a slot."""
+        return bool(self._by_slot)
 
     @property
     def has_open_episode(self) -> bool:
@@ -121,14 +128,14 @@ class Scheduler:
         return session
 
     def submit(self, request: Request) -> None:
-        """Place the request if its session holds a slot, else queue it."""
+        """Place the request if its session holds a slot and may go on, else queue it."""
         session = request.session
         session.request = request
         self._evicted.pop(session, None)
-        if session.slot is None:
+        self._idle.pop(session, None)
+        if session.slot is None or not self._may_start(request):
             self.waiting.append(request)
         else:
-            self._idle.pop(session, None)
             self._place(request, session.slot)
 
     def admit(self, step: int) -> None:
@@ -141,7 +148,9 @@ class Scheduler:
             if not self._may_start(request):
                 kept.append(request)
                 continue
-            slot = self._take_slot(step)
+            slot = request.session.slot
+            if slot is None:
+                slot = self._take_slot(step)
             if slot is None:
                 kept.append(request)
                 break
@@ -165,7 +174,7 @@ class Scheduler:
         """Remove a request wherever it is, and forget its session with its slot."""
         session = request.session
         session.is_closing = True
-        if session.slot is not None:
+        if session.slot is not None and self._by_slot.get(session.slot) is request:
             self.finish(request, step)
         else:
             self.waiting.remove(request)
@@ -194,7 +203,7 @@ class Scheduler:
             del self._sessions[session.key]
 
     def _may_start(self, request: Request) -> bool:
-        return not self.is_holding_new or request.session.is_started
+        return self.hold is None or (self.hold == "sessions" and request.session.is_started)
 
     def _take_slot(self, step: int) -> int | None:
         if self._free:

@@ -3,7 +3,7 @@
 A slot holds one row. Of its ``known`` tokens, the first ``length`` have keys and values in the cache; a
 running slot is ready to decode when exactly one known token is missing there. Sampling appends to ``tokens``,
 so prompt, completion and the prefix that the next turn is compared with are one array. After a weight switch
-in mode ``recompute``, ``length`` is set to 0 and the ordinary prefill does the rest.
+in any mode but ``in_place``, ``length`` is set to 0 and the ordinary prefill does the rest.
 """
 
 from __future__ import annotations

@@ -109,6 +109,8 @@ def linear_segment_loss(
     has_entropy: bool = False,
     negative_advantages: Tensor | None = None,
     proximal_logprobs: Tensor | None = None,
+    proximal_mix: Tensor | None = None,
+    segment_log_ratios: Tensor | None = None,
     reference_logprobs: Tensor | None = None,
     options: LossOptions = DEFAULT_OPTIONS,
     m2po_bound: Tensor | float | None = None,
@@ -137,12 +139,13 @@ def linear_segment_loss(
         has_entropy: put the entropy into the metrics; it has no gradient here.
         negative_advantages: [N] or None.
         proximal_logprobs: [A] or None.
+        proximal_mix: [A] or None.
+        segment_log_ratios: [N] or None.
         reference_logprobs: [A] or None.
         options: the switches of the loss.
         m2po_bound: with clip ``m2po``.
         num_trained: rows from this one on get no gradient and cost one matrix product; all get one when None.
-            Put tokens of segments without advantage last. (On the CPU a chunk without any gradient is found
-            out by itself.)
+            Put tokens of segments without advantage last (the CPU finds chunks without gradient by itself).
         process_group: ranks over which the vocabulary is split.
         vocab_start: first token id of this rank's rows.
         backend: ``auto``, ``torch`` or ``triton``.
@@ -175,13 +178,14 @@ def linear_segment_loss(
     require(0 <= num_trained <= count, f"{_OP}: num_trained must be in [0, {count}], is {num_trained}")
     like = torch.empty(count, dtype=problem.compute_dtype, device=hidden.device)
     tokens = {
-        "current_logprobs": like,
-        "behavior_logprobs": behavior_logprobs,
-        "proximal_logprobs": proximal_logprobs,
-        "reference_logprobs": reference_logprobs,
-        "entropy": None,
-    }
-    segments = {"advantages": advantages, "weights": weights, "negative_advantages": negative_advantages}
+        "current_logprobs": like, "behavior_logprobs": behavior_logprobs,
+        "proximal_logprobs": proximal_logprobs, "proximal_mix": proximal_mix,
+        "reference_logprobs": reference_logprobs, "entropy": None,
+    }  # fmt: skip
+    segments = {
+        "advantages": advantages, "weights": weights, "negative_advantages": negative_advantages,
+        "segment_log_ratios": segment_log_ratios,
+    }  # fmt: skip
     check_loss(tokens, segment_ids, segments, options, m2po_bound)
     inputs = loss_inputs(like, tokens, segment_ids, segments, m2po_bound)
     call = (make_engine(problem, chosen), inputs, options, num_trained, chosen)

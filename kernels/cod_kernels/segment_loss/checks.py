@@ -10,6 +10,7 @@ from cod_kernels.segment_loss.reference import (
     BEHAVIOR_WEIGHTS,
     CLIPS,
     KL_ESTIMATORS,
+    SEGMENT_CLIPS,
     WEIGHTED_CLIPS,
     LossOptions,
 )
@@ -54,7 +55,14 @@ def check_call(
             f"{_OP}: {name} is on {tensor.device}, current_logprobs on {current.device}",
         )
         require(tensor.is_floating_point(), f"{_OP}: {name} must be floating point, is {tensor.dtype}")
-    check_options(options, has_proximal=tokens["proximal_logprobs"] is not None)
+    has_proximal = tokens["proximal_logprobs"] is not None or tokens["proximal_mix"] is not None
+    check_options(
+        options, has_proximal=has_proximal, has_segment_ratio=segments["segment_log_ratios"] is not None
+    )
+    require(
+        tokens["proximal_logprobs"] is None or tokens["proximal_mix"] is None,
+        f"{_OP}: proximal_logprobs and proximal_mix are two ways to say the same; pass one of them",
+    )
     require(
         options.kl_coef == 0 or tokens["reference_logprobs"] is not None,
         f"{_OP}: kl_coef is {options.kl_coef}, but reference_logprobs is None; pass them or set kl_coef to 0",
@@ -62,8 +70,9 @@ def check_call(
     _check_bound(options, m2po_bound, current)
     if current.device.type == "cpu":
         _check_values(segment_ids, given)
-        for name in ("behavior_logprobs", "proximal_logprobs", "reference_logprobs"):
+        for name in ("behavior_logprobs", "proximal_logprobs", "proximal_mix", "reference_logprobs"):
             check_finite(name, tokens[name])
+        _check_share(tokens["proximal_mix"])
 
 
 def _check_tokens(tokens: dict[str, Tensor | None], segment_ids: Tensor, current: Tensor) -> None:
@@ -93,7 +102,7 @@ def _check_tokens(tokens: dict[str, Tensor | None], segment_ids: Tensor, current
     )
 
 
-def check_options(options: LossOptions, *, has_proximal: bool) -> None:
+def check_options(options: LossOptions, *, has_proximal: bool, has_segment_ratio: bool = False) -> None:
     """Check the switches against each other.
 
     Raises:
@@ -107,7 +116,16 @@ def check_options(options: LossOptions, *, has_proximal: bool) -> None:
         f"{_OP}: behavior_weight {options.behavior_weight!r} with clip {options.clip!r} would count the "
         "ratio twice; pass proximal_logprobs, use clip 'one_side' or 'none', or behavior_weight 'none'",
     )
-    for name in ("eps_low", "eps_high", "kl_coef", "weight_floor", "tv_bound"):
+    require(
+        not has_segment_ratio or options.clip in SEGMENT_CLIPS,
+        f"{_OP}: segment_log_ratios are for clips {', '.join(SEGMENT_CLIPS)}, not {options.clip!r}",
+    )
+    require(
+        not has_segment_ratio or options.behavior_weight == "none",
+        f"{_OP}: behavior_weight {options.behavior_weight!r} is per token, segment_log_ratios make the ratio "
+        "one per segment; scale the advantages by the segment's weight instead",
+    )
+    for name in ("eps_low", "eps_high", "kl_coef", "weight_floor", "tv_bound", "log_ratio_coef"):
         value = getattr(options, name)
         require(0 <= value < float("inf"), f"{_OP}: {name} must be at least 0 and finite, is {value}")
     require(
@@ -128,11 +146,15 @@ def _check_bound(options: LossOptions, bound: Tensor | float | None, current: Te
         f"{_OP}: m2po_bound goes with clip 'm2po' and only with it; clip is {options.clip!r}",
     )
     if isinstance(bound, Tensor):
-        require(bound.numel() == 1, f"{_OP}: m2po_bound must be one number, has shape {list(bound.shape)}")
+        shape = list(bound.shape)
+        require(bound.numel() in (1, 2), f"{_OP}: m2po_bound must be one number or two, has shape {shape}")
         require(bound.device == current.device, f"{_OP}: m2po_bound is on {bound.device}")
-        bound = None if bound.device.type != "cpu" else float(bound)
-    if bound is not None:
-        require(0 <= bound < float("inf"), f"{_OP}: m2po_bound must be at least 0 and finite, is {bound}")
+    if isinstance(bound, Tensor):
+        values = [] if bound.device.type != "cpu" else bound.reshape(-1).tolist()
+    else:
+        values = [] if bound is None else [bound]
+    for value in values:
+        require(0 <= value < float("inf"), f"{_OP}: m2po_bound must be at least 0 and finite, is {value}")
 
 
 def check_finite(name: str, tensor: Tensor | None) -> None:
@@ -144,6 +166,14 @@ def check_finite(name: str, tensor: Tensor | None) -> None:
     if tensor is not None and not bool(torch.isfinite(tensor).all()):
         index = first_index(~torch.isfinite(tensor))
         raise KernelInputError(f"{_OP}: {name}[{index}] is {float(tensor[index])}")
+
+
+def _check_share(mix: Tensor | None) -> None:
+    if mix is not None and bool(((mix < 0) | (mix > 1)).any()):
+        index = first_index((mix < 0) | (mix > 1))
+        raise KernelInputError(
+            f"{_OP}: proximal_mix[{index}] is {float(mix[index])}; it is a share between 0 and 1"
+        )
 
 
 def _check_values(segment_ids: Tensor, segments: dict[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ COLUMNS = 32  # of the partials: METRIC_NAMES in their order, then the loss, the
 NUM_METRICS = len(METRIC_NAMES)
 FINISH_ROWS, FINISH_WARPS = 64, 8
 
-_ONE_SIDE, _PPO, _NONE, _CISPO, _DPPO_TV, _M2PO = (tl.constexpr(i) for i in range(len(CLIPS)))
+_ONE_SIDE, _PPO, _NONE, _CISPO, _DPPO_TV, _M2PO, _TOPR = (tl.constexpr(i) for i in range(len(CLIPS)))
 _LIMIT = tl.constexpr(MAX_LOG_RATIO)
 
 
@@ -61,21 +61,27 @@ def _policy(
         too_high = move > tv
         too_low = move < -tv
     if CLIP == _M2PO:
-        bound = tl.load(bound_ptr)
-        too_high = log_ratio > bound
-        too_low = log_ratio < -bound
-        high = tl.exp(bound)
-        low = tl.exp(-bound)
+        upper = tl.load(bound_ptr)
+        lower = tl.load(bound_ptr + 1)
+        too_high = log_ratio > upper
+        too_low = log_ratio < -lower
+        high = tl.exp(upper)
+        low = tl.exp(-lower)
+    if CLIP == _TOPR:
+        too_high = pos != pos
+        too_low = ratio > 1.0
     masked_pos = (pos > 0) & too_high
     masked_neg = (neg < 0) & too_low
     dual = masked_neg & (pos != pos)
     if HAS_DUAL:
         dual = (neg < 0) & (ratio > dual_cap)
     slope = tl.where(masked_pos, 0.0, pos) + tl.where(masked_neg | dual, 0.0, neg)
-    if (CLIP == _NONE) | (CLIP == _CISPO):
+    if (CLIP == _NONE) | (CLIP == _CISPO) | (CLIP == _TOPR):
         slope = pos + neg
         if CLIP == _CISPO:
             slope = slope * tl.minimum(tl.maximum(ratio, low), high)
+        if CLIP == _TOPR:
+            slope = pos + neg * tl.minimum(ratio, 1.0)
         objective = slope * cur
     elif CLIP == _ONE_SIDE:
         objective = slope * cur
@@ -96,12 +102,15 @@ def _policy(
 @triton.jit(do_not_specialize=["num_tokens", "num_segments"])
 def segment_loss_kernel(
     cur_ptr, beh_ptr, ids_ptr, adv_ptr, neg_ptr, weight_ptr, prox_ptr, ref_ptr, ent_ptr, bound_ptr,
-    grad_ptr, partial_ptr, num_tokens, num_segments, low, high, dual_cap, floor, cap, tv, kl_coef,
+    segment_ptr, grad_ptr, partial_ptr, num_tokens, num_segments, low, high, dual_cap, floor, cap, tv,
+    kl_coef, log_ratio_coef,
     CLIP: tl.constexpr, RATIO_INSIDE: tl.constexpr, HAS_DUAL: tl.constexpr, HAS_PARTS: tl.constexpr,
-    HAS_PROXIMAL: tl.constexpr, HAS_ENTROPY: tl.constexpr, WEIGHT: tl.constexpr, KL: tl.constexpr,
+    PROXIMAL: tl.constexpr, HAS_SEGMENT_RATIO: tl.constexpr, HAS_SQUARE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, WEIGHT: tl.constexpr, KL: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of tokens. WEIGHT: 0 none, 1 truncated, 2 masked. KL: 0 no reference, else k1, k2, k3.
+    PROXIMAL: 0 none, 1 log-probs, 2 shares of the way from behaviour to current.
 
     Metrics go to the columns of METRIC_NAMES; a bad token's gradient, and with it the loss, become NaN.
     """
@@ -125,25 +134,42 @@ def segment_loss_kernel(
         bad_segment = pos < 0
     scaled = weight * (pos + neg)
     if CLIP == _M2PO:
-        bound = tl.load(bound_ptr)
-        scaled += tl.where(bound >= 0, bound - bound, float("nan"))
+        upper = tl.load(bound_ptr)
+        lower = tl.load(bound_ptr + 1)
+        scaled += tl.where((upper >= 0) & (lower >= 0), (upper - upper) + (lower - lower), float("nan"))
+    if HAS_SEGMENT_RATIO:
+        of_segment = tl.load(segment_ptr + ids, mask, 0.0)
+        scaled += of_segment - of_segment
     bad_segment = bad_segment | ((scaled - scaled) != 0.0)
     anchor = beh
-    if HAS_PROXIMAL:
+    drift = cur - beh
+    difference = drift
+    whole = drift + beh
+    if PROXIMAL == 1:
         anchor = tl.load(prox_ptr + at, mask, 0.0)
-    difference = cur - anchor
+        difference = cur - anchor
+        whole += difference
+    if PROXIMAL == 2:
+        share = tl.load(prox_ptr + at, mask, 0.0)
+        anchor = beh + share * drift
+        difference = (1.0 - share) * drift
+        whole += difference
+    nonfinite = (whole - whole) != 0.0
+    if HAS_SEGMENT_RATIO:
+        difference = of_segment
     log_ratio = _bounded(difference)
     ratio = tl.exp(log_ratio)
     clamped = difference != log_ratio
     objective, slope, masked_pos, masked_neg, dual = _policy(
         pos, neg, cur, anchor, ratio, log_ratio, clamped, bound_ptr, low, high, dual_cap, tv, CLIP, HAS_DUAL
     )
-    whole = difference + beh
-    nonfinite = (whole - whole) != 0.0
     gap, grown = log_ratio, ratio
+    if (PROXIMAL != 0) | HAS_SEGMENT_RATIO:
+        gap = _bounded(drift)
+        grown = tl.exp(gap)
     if WEIGHT != 0:
-        raw = ratio
-        if HAS_PROXIMAL:
+        raw = grown
+        if PROXIMAL != 0:
             raw = tl.exp(_bounded(anchor - beh))
         outside = raw > cap
         factor = tl.where(outside, cap, raw)
@@ -159,9 +185,6 @@ def segment_loss_kernel(
     else:
         tl.store(row + 9, 0.0)
         tl.store(row + 10, 0.0)
-    if HAS_PROXIMAL:
-        gap = _bounded(cur - beh)
-        grown = tl.exp(gap)
     token_loss = -objective
     gradient = -slope
     if KL != 0:
@@ -182,6 +205,9 @@ def segment_loss_kernel(
         _put(row, 12, kl, mask)
     else:
         tl.store(row + 12, 0.0)
+    if HAS_SQUARE:
+        token_loss += log_ratio_coef * gap * gap
+        gradient += tl.where(drift == gap, 2.0 * log_ratio_coef * gap, 0.0)
     if HAS_ENTROPY:
         _put(row, 13, tl.load(ent_ptr + at, mask, 0.0), mask)
     else:
@@ -244,10 +270,11 @@ def launch(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor, Te
             "pass backend='torch'"
         )
     optional = (
-        inputs.segment_ids, inputs.advantages, inputs.negative_advantages, inputs.weights, inputs.proximal,
-        inputs.reference, inputs.entropy, inputs.m2po_bound,
+        inputs.segment_ids, inputs.advantages, inputs.negative_advantages, inputs.weights,
+        inputs.proximal if inputs.proximal_mix is None else inputs.proximal_mix,
+        inputs.reference, inputs.entropy, inputs.m2po_bound, inputs.segment_log_ratios,
     )  # fmt: skip
-    ids, adv, neg, weights, prox, ref, ent, bound = (
+    ids, adv, neg, weights, prox, ref, ent, bound, segment = (
         current if t is None else t.contiguous() for t in optional
     )
     gradient = torch.empty_like(current)
@@ -257,12 +284,12 @@ def launch(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor, Te
     loss = torch.empty((), dtype=torch.float32, device=current.device)
     numbers = (
         1 - options.eps_low, 1 + options.eps_high, options.dual_clip or 0.0, options.weight_floor,
-        options.weight_cap, options.tv_bound, options.kl_coef,
+        options.weight_cap, options.tv_bound, options.kl_coef, options.log_ratio_coef,
     )  # fmt: skip
     with on_device(current):
         segment_loss_kernel[(blocks,)](
             current, inputs.behavior.contiguous(), ids, adv, neg, weights, prox, ref, ent, bound,
-            gradient, partials, current.numel(), inputs.advantages.numel(), *map(float, numbers),
+            segment, gradient, partials, current.numel(), inputs.advantages.numel(), *map(float, numbers),
             **switches(inputs, options), WIDTH=COLUMNS, BLOCK=BLOCK, num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )  # fmt: skip
@@ -280,7 +307,9 @@ def switches(inputs: LossInputs, options: LossOptions) -> dict[str, Any]:
         "RATIO_INSIDE": options.clip in RATIO_CLIPS,
         "HAS_DUAL": options.dual_clip is not None,
         "HAS_PARTS": inputs.negative_advantages is not None,
-        "HAS_PROXIMAL": inputs.proximal is not None,
+        "PROXIMAL": 2 if inputs.proximal_mix is not None else int(inputs.proximal is not None),
+        "HAS_SEGMENT_RATIO": inputs.segment_log_ratios is not None,
+        "HAS_SQUARE": options.log_ratio_coef > 0,
         "HAS_ENTROPY": inputs.entropy is not None,
         "WEIGHT": BEHAVIOR_WEIGHTS.index(options.behavior_weight),
         "KL": 0 if inputs.reference is None else 1 + KL_ESTIMATORS.index(options.kl),

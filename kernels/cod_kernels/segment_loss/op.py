@@ -23,9 +23,9 @@ __all__ = ["METRIC_NAMES", "merge_metrics", "segment_loss", "summarize_metrics"]
 _OP = "segment_loss"
 _REFUSED = {
     "num_bad_ids": "segment_ids are out of range",
-    "num_bad_segments": "advantages, negative_advantages, weights or m2po_bound are not finite or have the "
-    "wrong sign",
-    "num_nonfinite": "current, behavior, proximal or reference log-probs are not finite",
+    "num_bad_segments": "advantages, negative_advantages, weights, segment_log_ratios or m2po_bound are not "
+    "finite or have the wrong sign",
+    "num_nonfinite": "current, behavior, proximal or reference log-probs or proximal_mix are not finite",
 }
 
 
@@ -63,12 +63,12 @@ def convert(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def bound_tensor(bound: Tensor | float | None, like: Tensor) -> Tensor | None:
-    """Return the M2PO bound as a scalar tensor beside ``like``."""
+    """Return the M2PO bound as [upper, lower] beside ``like``."""
     if bound is None:
         return None
     if isinstance(bound, Tensor):
-        return bound.detach().to(like.dtype).reshape(())
-    return torch.full((), bound, dtype=like.dtype, device=like.device)  # filled there: nothing to wait for
+        return bound.detach().to(like.dtype).reshape(-1).expand(2).contiguous()
+    return torch.full((2,), bound, dtype=like.dtype, device=like.device)  # filled there: nothing to wait for
 
 
 def segment_loss(
@@ -80,6 +80,8 @@ def segment_loss(
     *,
     negative_advantages: Tensor | None = None,
     proximal_logprobs: Tensor | None = None,
+    proximal_mix: Tensor | None = None,
+    segment_log_ratios: Tensor | None = None,
     reference_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
     clip: str = "one_side",
@@ -93,6 +95,7 @@ def segment_loss(
     weight_cap: float = 2.0,
     kl_coef: float = 0.0,
     kl: str = "k3",
+    log_ratio_coef: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return loss and metrics of A action tokens that belong to N segments; the formulas are in README.md.
@@ -111,20 +114,28 @@ def segment_loss(
             branches of the positive and of the negative advantages.
         proximal_logprobs: [A] at the start of the update or None; when given, the clip's ratio is current /
             proximal and the behaviour weight proximal / behaviour (the decoupled objective).
+        proximal_mix: [A] in [0, 1] or None, instead of ``proximal_logprobs``: they lie so far on the way from
+            behaviour to current, without gradient. 1 is current itself, the exact proximal log-prob where one
+            batch makes one update.
+        segment_log_ratios: finite [N] or None: the clip's ratio is e to this at all tokens of the segment;
+            the mean of its tokens' current - anchor (anchor: proximal or behaviour), made in a pass before
+            this one. The gradient flows through that mean.
         reference_logprobs: [A] under the reference model; needed when ``kl_coef`` > 0.
         entropy: [A] in nats, for the metrics only.
-        clip: ``one_side`` | ``ppo`` | ``none`` | ``cispo`` | ``dppo_tv`` | ``m2po``.
+        clip: ``one_side`` | ``ppo`` | ``none`` | ``cispo`` | ``dppo_tv`` | ``m2po`` | ``topr``.
         eps_low: the ratio's range is [1 - eps_low, 1 + eps_high].
         eps_high: see ``eps_low``.
         dual_clip: > 1 or None; with ``ppo`` and ``m2po``: ceiling of the ratio of negative advantages.
         tv_bound: >= 0; with ``dppo_tv``: how far the token's probability may move.
-        m2po_bound: >= 0, number or scalar tensor; with ``m2po``: bound on the size of the log-ratio.
+        m2po_bound: >= 0; with ``m2po``: bound on the size of the log-ratio, a number or a tensor with one, or
+            with two for above and below 0.
         behavior_weight: ``none`` | ``truncated`` (min(w, weight_cap)) | ``masked`` (w inside
             [weight_floor, weight_cap], else 0), without gradient.
         weight_floor: >= 0.
         weight_cap: > 0.
         kl_coef: weight of the divergence to the reference.
         kl: its estimator: ``k1`` | ``k2`` | ``k3``.
+        log_ratio_coef: >= 0, weight of (current - behaviour)^2, which is added to the loss of every token.
         backend: ``auto`` (Triton on CUDA, torch elsewhere), ``torch`` or ``triton``.
 
     Returns:
@@ -137,16 +148,19 @@ def segment_loss(
         BackendUnavailableError: Triton is wanted and cannot be had.
     """
     options = LossOptions(
-        clip, eps_low, eps_high, behavior_weight, weight_cap, kl_coef, dual_clip, weight_floor, tv_bound, kl
-    )
+        clip, eps_low, eps_high, behavior_weight, weight_cap, kl_coef, dual_clip, weight_floor, tv_bound, kl,
+        log_ratio_coef,
+    )  # fmt: skip
     tokens = {
-        "current_logprobs": current_logprobs,
-        "behavior_logprobs": behavior_logprobs,
-        "proximal_logprobs": proximal_logprobs,
+        "current_logprobs": current_logprobs, "behavior_logprobs": behavior_logprobs,
+        "proximal_logprobs": proximal_logprobs, "proximal_mix": proximal_mix,
         "reference_logprobs": reference_logprobs,
         "entropy": entropy,
-    }
-    segments = {"advantages": advantages, "weights": weights, "negative_advantages": negative_advantages}
+    }  # fmt: skip
+    segments = {
+        "advantages": advantages, "weights": weights, "negative_advantages": negative_advantages,
+        "segment_log_ratios": segment_log_ratios,
+    }  # fmt: skip
     check_call(tokens, segment_ids, segments, options, m2po_bound)
     if current_logprobs.device.type == "cpu":
         check_finite("current_logprobs", current_logprobs)
@@ -184,6 +198,8 @@ def loss_inputs(
         convert(tokens["reference_logprobs"], current),
         convert(tokens["entropy"], current),
         bound_tensor(m2po_bound, current),
+        convert(tokens.get("proximal_mix"), current),
+        convert(segments.get("segment_log_ratios"), current),
     )
 
 

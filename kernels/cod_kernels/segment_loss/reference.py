@@ -7,7 +7,7 @@ synchronisation, and every sum has one fixed order, so equal inputs give equal b
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,13 +43,15 @@ METRIC_NAMES = (
 
 NUM_ADDITIVE = len(METRIC_NAMES) - 3
 
-CLIPS = ("one_side", "ppo", "none", "cispo", "dppo_tv", "m2po")
+CLIPS = ("one_side", "ppo", "none", "cispo", "dppo_tv", "m2po", "topr")
 BEHAVIOR_WEIGHTS = ("none", "truncated", "masked")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 RATIO_CLIPS = ("ppo", "dppo_tv", "m2po")
 """Clips whose objective is a multiple of the ratio."""
-WEIGHTED_CLIPS = (*RATIO_CLIPS, "cispo")
+WEIGHTED_CLIPS = (*RATIO_CLIPS, "cispo", "topr")
 """Clips that weigh tokens by the ratio already."""
+SEGMENT_CLIPS = ("one_side", "ppo", "cispo", "topr")
+"""Clips that may take one ratio per segment."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class LossOptions:
     weight_floor: float = 0.0
     tv_bound: float = 0.2
     kl: str = "k3"
+    log_ratio_coef: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ class LossInputs:
         proximal: [A] at the start of the update, or None.
         reference: [A] under the reference model, or None.
         entropy: [A], or None.
-        m2po_bound: a scalar, or None.
+        m2po_bound: [2], upper and lower bound, or None.
+        proximal_mix: [A] in [0, 1], or None: the proximal log-prob lies so far on the way from ``behavior``
+            to ``current``.
+        segment_log_ratios: [N], or None: log of the one ratio that the clip uses for all tokens of a segment.
     """
 
     current: Tensor
@@ -95,12 +101,19 @@ class LossInputs:
     reference: Tensor | None = None
     entropy: Tensor | None = None
     m2po_bound: Tensor | None = None
+    proximal_mix: Tensor | None = None
+    segment_log_ratios: Tensor | None = None
+
+    @property
+    def is_decoupled(self) -> bool:
+        """Whether the clip has an anchor of its own."""
+        return self.proximal is not None or self.proximal_mix is not None
 
     def rows(self, rows: slice, current: Tensor) -> LossInputs:
         """Return the inputs of some tokens, with ``current`` for their log-probs."""
         cut: dict[str, Any] = {
             name: None if (value := getattr(self, name)) is None else value[rows]
-            for name in ("behavior", "segment_ids", "proximal", "reference", "entropy")
+            for name in ("behavior", "segment_ids", "proximal", "reference", "entropy", "proximal_mix")
         }
         return replace(self, current=current, **cut)
 
@@ -113,15 +126,31 @@ def segment_loss_reference(inputs: LossInputs, options: LossOptions) -> Tensor:
     else:
         parts = [inputs.advantages[ids], inputs.negative_advantages[ids]]
     anchor = inputs.behavior if inputs.proximal is None else inputs.proximal
-    log_ratio = torch.clamp(current - anchor, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if inputs.proximal_mix is not None:
+        anchor = (inputs.behavior + inputs.proximal_mix * (current - inputs.behavior)).detach()
+    difference = current - anchor
+    if inputs.segment_log_ratios is not None:
+        difference = _segment_difference(current, ids, inputs.segment_log_ratios)
+    log_ratio = torch.clamp(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     loss = -sum(_objective_reference(a, log_ratio, anchor, inputs, options) for a in parts)
     if options.behavior_weight != "none":
-        gap = log_ratio if inputs.proximal is None else inputs.proximal - inputs.behavior
+        gap = anchor - inputs.behavior if inputs.is_decoupled else log_ratio
         loss = loss * _behavior_weight(gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), options)[0].detach()
+    drift = torch.clamp(current - inputs.behavior, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    loss = loss + options.log_ratio_coef * drift.square()
     if inputs.reference is not None and options.kl_coef > 0:
         r = torch.clamp(inputs.reference - current, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         loss = loss + options.kl_coef * {"k1": -r, "k2": r.square() / 2, "k3": r.exp() - r - 1}[options.kl]
     return (inputs.weights[ids] * loss).sum()
+
+
+def _segment_difference(current: Tensor, ids: Tensor, log_ratios: Tensor) -> Tensor:
+    """Return each token's segment log-ratio, with the gradient of a mean over the segment's tokens.
+
+    The tokens at hand may be part of a segment only. What they add to the mean changes with slope 1 / n, and
+    the segment's objective counts at each of its n tokens, so per token the slope is 1.
+    """
+    return log_ratios[ids] + current - current.detach()
 
 
 def _objective_reference(
@@ -136,11 +165,13 @@ def _objective_reference(
         return keep.to(current.dtype) * advantage * current
     if options.clip == "cispo":
         return ratio.clamp(low, high).detach() * advantage * current
+    if options.clip == "topr":
+        return torch.where(advantage < 0, ratio.clamp(max=1), 1).detach() * advantage * current
     if options.clip == "dppo_tv":
         move = (current.exp() - anchor.exp()) * advantage.sign()
         return (move <= options.tv_bound) * ratio * advantage
     if inputs.m2po_bound is not None:
-        clipped = log_ratio.clamp(-inputs.m2po_bound, inputs.m2po_bound).exp()
+        clipped = log_ratio.clamp(-inputs.m2po_bound[1], inputs.m2po_bound[0]).exp()
     else:
         clipped = ratio.clamp(low, high)
     objective = torch.minimum(ratio * advantage, clipped * advantage)
@@ -182,13 +213,17 @@ def _policy(
         move = current.exp() - anchor.exp()
         too_high, too_low = move > options.tv_bound, move < -options.tv_bound
     if inputs.m2po_bound is not None:  # clip "m2po"
-        too_high, too_low = log_ratio > inputs.m2po_bound, log_ratio < -inputs.m2po_bound
-        high, low = inputs.m2po_bound.exp(), (-inputs.m2po_bound).exp()
+        upper, lower = inputs.m2po_bound[0], inputs.m2po_bound[1]
+        too_high, too_low = log_ratio > upper, log_ratio < -lower
+        high, low = upper.exp(), (-lower).exp()
     masked_positive, masked_negative = (positive > 0) & too_high, (negative < 0) & too_low
-    if options.clip in ("none", "cispo"):
+    if options.clip in ("none", "cispo", "topr"):
         slope = positive + negative
         if options.clip == "cispo":
             slope = slope * ratio.clamp(low, high)
+        elif options.clip == "topr":
+            slope = positive + negative * ratio.clamp(max=1)
+            masked_positive, masked_negative = torch.zeros_like(too_high), (negative < 0) & (ratio > 1)
         return _Policy(slope * current, slope, masked_positive, masked_negative, None)
     keep_negative = ~masked_negative
     if options.dual_clip is not None:
@@ -229,25 +264,27 @@ def loss_gradient_and_metrics(
         ids = ids.clamp(0, weights.numel() - 1)
     positive, negative = advantage_parts(inputs, ids)
     weight, is_bad_segment = _token_weight(inputs, ids, positive, negative)
-    anchor = inputs.behavior if inputs.proximal is None else inputs.proximal
-    difference = current - anchor
-    log_ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    gaps = _gaps(inputs, ids)
+    log_ratio = gaps.clip.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
-    is_clamped = difference != log_ratio  # true for NaN as well
-    policy = _policy(positive, negative, ratio, log_ratio, is_clamped, anchor, inputs, options)
+    is_clamped = gaps.clip != log_ratio  # true for NaN as well
+    policy = _policy(positive, negative, ratio, log_ratio, is_clamped, gaps.anchor, inputs, options)
     objective, slope = policy.objective, policy.slope
-    gap, grown = log_ratio, ratio
-    if inputs.proximal is not None:
-        gap = (inputs.proximal - inputs.behavior).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        grown = gap.exp()
+    drift, grown = log_ratio, ratio  # of current and behaviour
+    if gaps.clip is not gaps.drift:
+        drift = gaps.drift.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        grown = drift.exp()
     behavior_weight = is_outside = None
     if options.behavior_weight != "none":
-        behavior_weight, is_outside = _behavior_weight(grown, options)
+        raw = gaps.weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() if inputs.is_decoupled else grown
+        behavior_weight, is_outside = _behavior_weight(raw, options)
         slope, objective = slope * behavior_weight, objective * behavior_weight
         if options.clip not in RATIO_CLIPS:
             objective = slope * current
     kl_value, kl_slope = _divergence(inputs, options)
-    is_nonfinite = ~torch.isfinite(difference + inputs.behavior)
+    is_nonfinite = ~torch.isfinite(gaps.drift + inputs.behavior)
+    if inputs.is_decoupled:
+        is_nonfinite = is_nonfinite | ~torch.isfinite(gaps.weight)
     if inputs.reference is not None:
         is_nonfinite = is_nonfinite | ~torch.isfinite(inputs.reference)
     is_bad = is_nonfinite | is_bad_segment
@@ -258,10 +295,10 @@ def loss_gradient_and_metrics(
     if options.kl_coef > 0 and kl_value is not None:
         token_loss = token_loss + options.kl_coef * kl_value
         gradient = gradient + options.kl_coef * kl_slope
+    if options.log_ratio_coef > 0:
+        token_loss = token_loss + options.log_ratio_coef * drift.square()
+        gradient = gradient + 2 * options.log_ratio_coef * drift * (gaps.drift == drift)
     loss = (weight * token_loss).sum(dtype=torch.float64)
-    if inputs.proximal is not None:
-        gap = (current - inputs.behavior).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        grown = gap.exp()
     metrics = _metrics(
         {
             "num_nonfinite": is_nonfinite,
@@ -274,7 +311,7 @@ def loss_gradient_and_metrics(
             "sum_ratio_squared": ratio.double().square(),
             "sum_behavior_weight": behavior_weight,
             "num_weight_capped": is_outside,
-            "sum_kl_behavior": grown - gap - 1,
+            "sum_kl_behavior": grown - drift - 1,
             "sum_kl_reference": kl_value,
             "sum_entropy": inputs.entropy,
             "sum_advantage": positive + negative,
@@ -287,6 +324,36 @@ def loss_gradient_and_metrics(
         is_bad,
     )
     return loss.to(current.dtype), gradient * weight, metrics
+
+
+class _Gaps(NamedTuple):
+    """Differences of log-probs, [A] each, not clamped.
+
+    Attributes:
+        clip: current - anchor, or the segment's log-ratio; its exponential is the clip's ratio.
+        anchor: of the clip.
+        weight: anchor - behaviour; the logarithm of the behaviour weight of a decoupled objective.
+        drift: current - behaviour; the very tensor ``clip`` where the two are the same.
+    """
+
+    clip: Tensor
+    anchor: Tensor
+    weight: Tensor
+    drift: Tensor
+
+
+def _gaps(inputs: LossInputs, ids: Tensor) -> _Gaps:
+    drift = inputs.current - inputs.behavior
+    clip, anchor, weight = drift, inputs.behavior, drift
+    if inputs.proximal_mix is not None:
+        weight = inputs.proximal_mix * drift
+        clip, anchor = (1 - inputs.proximal_mix) * drift, inputs.behavior + weight
+    elif inputs.proximal is not None:
+        anchor = inputs.proximal
+        clip, weight = inputs.current - anchor, anchor - inputs.behavior
+    if inputs.segment_log_ratios is not None:
+        clip = inputs.segment_log_ratios[ids]
+    return _Gaps(clip, anchor, weight, drift)
 
 
 def advantage_parts(inputs: LossInputs, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,7 +373,9 @@ def _token_weight(
     if inputs.negative_advantages is not None:
         is_bad = is_bad | (positive < 0) | (negative > 0)
     if inputs.m2po_bound is not None:
-        is_bad = is_bad | ~((inputs.m2po_bound >= 0) & torch.isfinite(inputs.m2po_bound))
+        is_bad = is_bad | ~((inputs.m2po_bound >= 0) & torch.isfinite(inputs.m2po_bound)).all()
+    if inputs.segment_log_ratios is not None:
+        is_bad = is_bad | ~torch.isfinite(inputs.segment_log_ratios[ids])
     return weight, is_bad
 
 

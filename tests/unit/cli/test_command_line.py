@@ -29,8 +29,8 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["env", "--help"], *([name, "--help"] for name in ("train", "bootstrap", "eval", "credit",
-      "ledger",
-      "inspect", "plot", "export", "coordinator", "actor", "learner"))],
+      "ledger", "inspect", "plot", "export", "doctor", "coordinator", "actor", "learner", "engine",
+      "weights"))],
     ids=" ".join,
 )  # fmt: skip
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
@@ -160,6 +160,11 @@ def test_environments(capsys: pytest.CaptureFixture[str]) -> None:
         (["coordinator", "/nowhere"], "no config.json"),
         (["actor", "/nowhere", "--name", "a"], "no config.json"),
         (["learner", "/nowhere"], "no config.json"),
+        (["engine", "/nowhere", "--name", "engine-0"], "no config.json"),
+        (["weights", "/nowhere"], "no config.json"),
+        (["weights"], "give either RUN"),
+        (["weights", "--from", "tcp://127.0.0.1:1"], "--from needs --cache"),
+        (["doctor", "/nowhere.toml"], "cannot be read"),
         (["train", "/nowhere.toml"], "cannot be read"),
         (["train"], "no configuration"),
         (["bootstrap", DOOR, "--out", str(ROOT)], "exists already"),
@@ -197,8 +202,8 @@ def test_wrong_input_is_named(capsys: pytest.CaptureFixture[str], arguments: lis
             ["/nowhere: no such folder", "/no.toml: cannot be read"],
         ),
         (
-            ["bootstrap", DOOR, "--out", str(ROOT), "--set", "lerner.lr=1", "--set", "engine.kind=sglang"],
-            ["lerner: unknown key", "engine.kind", "--out"],
+            ["bootstrap", DOOR, "--out", str(ROOT), "--set", "lerner.lr=1", "--set", "engine.urls=['x']"],
+            ["lerner: unknown key", "engine.urls", "--out"],
         ),
         (["bootstrap", DOOR, "--out", "/proc/no/model", "--progress", "/no/file"], ["--out", "--progress"]),
         (["export", "/nowhere", str(ROOT)], ["/nowhere: no config.json", "exists already"]),

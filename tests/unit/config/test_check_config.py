@@ -31,7 +31,7 @@ def test_the_defaults_contradict_nothing(tmp_path: Path) -> None:
         (["environments.0.options.nonsense=1"], "environments.0", "nonsense"),
         (["environments=[]"], "environments", "add at least one"),
         (
-            ['lifecycle.carry="transcript"', 'engine.on_publish="at_episode_boundary"'],
+            ['lifecycle.carry="transcript"', 'engine.on_publish="at_segment_boundary"'],
             "engine.on_publish",
             '"in_place"',
         ),
@@ -65,7 +65,6 @@ def test_the_defaults_contradict_nothing(tmp_path: Path) -> None:
             "bootstrap.kind", "frozen_lake_obscure has none",
         ),
         (["bootstrap.warmup_steps=400"], "bootstrap.warmup_steps", "lower"),
-        (['engine.kind="sglang"'], "engine.kind", '"embedded"'),
         (['engine.urls=["http://127.0.0.1:1"]'], "engine.urls", "remove"),
         (["engine.top_p=0.9"], "engine.top_p", "1.0"),
         (["transport.session_timeout_s=2"], "transport.session_timeout_s", "at least 3"),
@@ -101,7 +100,7 @@ def test_contradiction(tmp_path: Path, overrides: list[str], path: str, advice: 
 
 
 def test_all_contradictions_at_once(tmp_path: Path) -> None:
-    config = made(tmp_path, "engine.top_p=0.5", "lifecycle.group_size=1", 'engine.kind="sglang"')
+    config = made(tmp_path, "engine.top_p=0.5", "lifecycle.group_size=1", "engine.server.num_servers=2")
     with pytest.raises(ConfigError) as caught:
         require(config)
     assert len(caught.value.problems) == 3

@@ -128,7 +128,7 @@ def test_quorum(make_world: MakeWorld) -> None:
     world = make_world(
         learner={"groups_per_step": 1},
         lifecycle={"pack_size": 1, "group_size": 3},
-        groups={"close": "quorum", "quorum_members": 2, "after_s": 10.0},
+        groups={"close": "quorum", "quorum_members": 2, "after_s": 10.0, "late": "drop"},
     )
     learner, actor = begin(world, 3)
     play(actor, 0, [1.0])
@@ -148,7 +148,7 @@ def test_quorum_drops_what_the_late_member_had_delivered(make_world: MakeWorld) 
     world = make_world(
         learner={"groups_per_step": 1},
         lifecycle={"pack_size": 2, "group_size": 3},
-        groups={"close": "quorum", "quorum_members": 2, "after_s": 10.0},
+        groups={"close": "quorum", "quorum_members": 2, "after_s": 10.0, "late": "drop"},
     )
     _, actor = begin(world, 3)
     play(actor, 2, [1.0])

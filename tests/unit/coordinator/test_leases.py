@@ -253,7 +253,7 @@ def test_a_quorum_that_closes_with_a_takeover_leaves_nothing_to_grant(make_world
     world = make_world(
         lifecycle={"pack_size": 2, "group_size": 4},
         learner={"groups_per_step": 1},
-        groups={"close": "quorum", "quorum_members": 2, "after_s": 10.0},
+        groups={"close": "quorum", "quorum_members": 2, "after_s": 10.0, "late": "drop"},
     )
     Learner(world)
     actor, other = Actor(world), Actor(world, "other", instance=2)
@@ -272,7 +272,7 @@ def test_a_quorum_that_closes_with_a_takeover_leaves_nothing_to_grant(make_world
 def test_deadlines_of_lifecycles_that_were_cut_off_are_forgotten(make_world: MakeWorld) -> None:
     world = make_world(
         lifecycle={"pack_size": 1, "group_size": 2},
-        groups={"close": "quorum", "quorum_members": 1, "deadline_s": 10.0},
+        groups={"close": "quorum", "quorum_members": 1, "deadline_s": 10.0, "late": "drop"},
     )
     Learner(world)
     actor = Actor(world)

@@ -44,7 +44,6 @@ def make_engine(
     *,
     context: int = CONTEXT,
     run_dir: Path = Path("."),
-    max_hold_s: float = 60.0,
     **changes: Any,
 ) -> EmbeddedEngine:
     config = EngineConfig(**({"max_running": 4} | changes))
@@ -54,7 +53,6 @@ def make_engine(
         max_context_tokens=context,
         version=Version(0, 0),
         run_dir=run_dir,
-        max_hold_s=max_hold_s,
     )
 
 

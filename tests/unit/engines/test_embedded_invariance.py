@@ -108,12 +108,12 @@ def test_a_session_that_was_evicted_goes_on_bitwise() -> None:
     run(main())
 
 
-def test_recompute_makes_later_tokens_a_function_of_the_new_weights() -> None:
+def test_retract_makes_later_tokens_a_function_of_the_new_weights() -> None:
     """After a switch, log-probs equal those of an engine that never had other weights, given the same row."""
     new = make_model(2)
 
     async def switched() -> tuple[list[int], list[float]]:
-        engine = invariant_engine(on_publish="recompute")
+        engine = invariant_engine(on_publish="retract")
         task = asyncio.create_task(engine.generate([5, 6, 7], params(14, seed=3)))
         while engine.in_flight_tokens < 8:
             await asyncio.sleep(0)

@@ -22,10 +22,11 @@ ACTION = st.one_of(
     st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0)),
     st.tuples(st.just("close"), st.integers(0, 5), st.just(0)),
     st.tuples(st.just("swap"), st.just(0), st.just(0)),
+    st.tuples(st.just("update"), st.just(0), st.just(0)),
     st.tuples(st.just("step"), st.integers(1, 6), st.just(0)),
 )
 MODELS = [weights_of(make_model(0)), weights_of(make_model(2))]
-MODES = ["in_place", "recompute"]
+MODES = ["in_place", "retract", "wait", "at_segment_boundary"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,6 +40,7 @@ def test_ledger_under_random_traffic(
         )
         tasks: list[asyncio.Task[Completion]] = []
         rows: dict[int, list[int]] = {}
+        updates: list[asyncio.Task[None]] = []
         num_swaps = 0
         for name, first, second in actions:
             if name == "generate":
@@ -56,17 +58,26 @@ def test_ledger_under_random_traffic(
             elif name == "swap":
                 num_swaps += 1
                 engine.swap_weights(MODELS[num_swaps % 2], Version(0, num_swaps))
+            elif name == "update":  # what update_weights does once the file is loaded
+                num_swaps += 1
+                version = Version(0, num_swaps)
+                weights = engine._fuse(MODELS[num_swaps % 2], version)
+                updates.append(asyncio.create_task(engine._take_up(weights, version, "digest")))
             for _ in range(first if name == "step" else 0):
                 await asyncio.sleep(0)
                 check_ledger(engine)
+        for key in range(6):  # before the rest is awaited: it may be held back until these are closed
+            await engine.close_session(str(key))
         results = await asyncio.gather(*tasks, return_exceptions=True)
         check_results(results)
+        await asyncio.gather(*updates)
         returned = sum(len(result.token_ids) for result in results if isinstance(result, Completion))
         assert engine.returned_tokens == returned and engine.in_flight_tokens == 0
         check_ledger(engine)
         for key in range(6):
             await engine.close_session(str(key))
         scheduler = engine._scheduler
+        assert scheduler.hold is None and engine.counters.num_weight_updates <= num_swaps
         assert sorted(scheduler._free) == list(range(max_running))
         assert not scheduler._sessions and not scheduler._idle and not scheduler._evicted
         assert not engine._table.is_running.any()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from cod_async.engines.embedded import EmbeddedEngine, load_engine
 from cod_async.errors import EngineClosedError, EngineError, InputError, WeightsError
@@ -49,7 +50,7 @@ def assert_span_logprobs(
 
 
 @pytest.mark.parametrize("is_batch_invariant", [False, True])
-@pytest.mark.parametrize("on_publish", ["in_place", "recompute"])
+@pytest.mark.parametrize("on_publish", ["auto", "in_place", "retract"])
 def test_running_rows_go_on_with_truthful_versions(on_publish: str, is_batch_invariant: bool) -> None:
     old, new = make_model(0), other_model()
 
@@ -70,17 +71,17 @@ def test_running_rows_go_on_with_truthful_versions(on_publish: str, is_batch_inv
                 VersionSpan(NEW, 30 - before),
             )
             assert_span_logprobs(old, prompt, completion, 0, before)
-            if on_publish == "recompute":
+            if on_publish == "retract":
                 assert_span_logprobs(new, prompt, completion, before, 30)
             else:
                 expected = reference_logprobs(new, prompt, completion)[before:]
                 difference = (torch.tensor(completion.logprobs[before:]) - expected).abs().max()
                 assert difference > 1e-3  # old keys and values are still in use
-        # Idle sessions: recompute makes the next turn one of the new weights alone.
+        # Idle sessions: retract makes the next turn one of the new weights alone.
         row = prompts[0] + list((await tasks[0]).token_ids)
         turn = await engine.generate(row, params(5, seed=9), session="0")
         assert turn.versions == (VersionSpan(NEW, 5),)
-        if on_publish == "recompute":
+        if on_publish == "retract":
             assert_span_logprobs(new, row, turn, 0, 5)
         fresh = await engine.generate(prompts[1], params(5), session="fresh")
         assert_span_logprobs(new, prompts[1], fresh, 0, 5)
@@ -93,7 +94,7 @@ def test_a_published_version_is_taken_up_while_rows_are_running(tmp_path: Path) 
     old, new = make_model(0), other_model()
 
     async def main() -> None:
-        engine = make_engine(old, run_dir=tmp_path, on_publish="recompute")
+        engine = make_engine(old, run_dir=tmp_path, on_publish="retract")
         manifest = publish_model(tmp_path, new)
         update = asyncio.create_task(engine.update_weights(manifest))
         completions = []
@@ -113,9 +114,9 @@ def test_a_published_version_is_taken_up_while_rows_are_running(tmp_path: Path) 
     run(main())
 
 
-def test_recompute_counts_its_prefills() -> None:
+def test_retract_counts_its_prefills() -> None:
     async def main() -> None:
-        engine = make_engine(on_publish="recompute")
+        engine = make_engine(on_publish="retract")
         task = asyncio.create_task(engine.generate(random_prompt(0, 10), params(20)))
         while engine.in_flight_tokens < 6:
             await asyncio.sleep(0)
@@ -148,14 +149,96 @@ def test_two_switches_in_one_completion_and_none_in_another() -> None:
     run(main())
 
 
+async def held_update(engine: EmbeddedEngine, model: Qwen3) -> asyncio.Task[None]:
+    """An update to NEW whose weights are loaded and which now has to wait for running requests."""
+    weights = engine._fuse(weights_of(model), NEW)
+    update = asyncio.create_task(engine._take_up(weights, NEW, "digest"))
+    await asyncio.sleep(0)
+    assert engine._scheduler.hold is not None and not update.done()
+    return update
+
+
+@pytest.mark.parametrize("is_batch_invariant", [False, True])
+def test_wait_switches_between_completions_and_recomputes_idle_sessions(is_batch_invariant: bool) -> None:
+    old, new = make_model(0), other_model()
+
+    async def main() -> None:
+        engine = make_engine(old, on_publish="wait", is_batch_invariant=is_batch_invariant)
+        first = await engine.generate([1, 2, 3], params(4), session="idle")
+        row = [1, 2, 3, *first.token_ids, 7]
+        running = asyncio.create_task(engine.generate([9, 8], params(40), session="running"))
+        await steps(3)
+        update = await held_update(engine, new)
+        # Neither a turn of an open session nor a new session may start: both would go on for ever.
+        turn = asyncio.create_task(engine.generate(row, params(6), session="idle"))
+        fresh = asyncio.create_task(engine.generate([4, 5], params(4)))
+        dropped = asyncio.create_task(engine.generate([6], params(4), session="dropped"))
+        await steps(4)
+        assert not running.done() and not update.done() and engine.version == Version(0, 0)
+        dropped.cancel()
+        completion = await running
+        assert completion.versions == (VersionSpan(Version(0, 0), 40),)
+        assert_span_logprobs(old, [9, 8], completion, 0, 40)
+        await update
+        for prompt, task in ((row, turn), ([4, 5], fresh)):
+            answer = await task
+            assert answer.versions == (VersionSpan(NEW, len(answer.token_ids)),)
+            assert_span_logprobs(new, prompt, answer, 0, len(answer.token_ids))
+        check_ledger(engine)
+        assert engine.in_flight_tokens == 0 and engine.counters.aborted_tokens == 0
+
+    run(main())
+
+
+def test_a_turn_cancelled_while_held_frees_the_slot_of_its_session() -> None:
+    async def main() -> None:
+        engine = make_engine(on_publish="wait", max_running=2)
+        await engine.generate([1, 2, 3], params(4), session="idle")
+        running = asyncio.create_task(engine.generate([9, 8], params(40)))
+        await steps(3)
+        update = await held_update(engine, other_model())
+        turn = asyncio.create_task(engine.generate([1, 2, 3, 4], params(4), session="idle"))
+        await steps(2)
+        turn.cancel()
+        await asyncio.gather(turn, update, running, return_exceptions=True)
+        check_ledger(engine)
+        assert engine.counters.aborted_tokens == 0  # the four tokens of the turn before were handed over
+        assert engine.version == NEW and engine._scheduler.hold is None
+        assert sorted(engine._scheduler._free) == [0, 1] and not engine._scheduler._sessions
+
+    run(main())
+
+
+def test_wait_is_bounded_and_then_computes_running_rows_again(caplog: pytest.LogCaptureFixture) -> None:
+    old, new = make_model(0), other_model()
+
+    async def main() -> None:
+        engine = make_engine(old, on_publish="wait", context=256)
+        running = asyncio.create_task(engine.generate([9, 8], params(200)))
+        await steps(3)
+        update = await held_update(engine, new)
+        assert engine._held is not None
+        engine._switch_late(engine._held.done)  # what the timer of the hold does
+        await update
+        assert not running.done()
+        completion = await running
+        first = completion.versions[0].num_tokens
+        assert [span.version for span in completion.versions] == [Version(0, 0), NEW]
+        assert_span_logprobs(old, [9, 8], completion, 0, first)
+        assert_span_logprobs(new, [9, 8], completion, first, 200)
+
+    run(main())
+    assert "running completions held version 0.1 back" in caplog.text
+
+
 def test_boundary_holds_until_open_sessions_close(tmp_path: Path) -> None:
     old, new = make_model(0), other_model()
 
     async def main() -> None:
-        engine = make_engine(old, run_dir=tmp_path, on_publish="at_episode_boundary")
+        engine = make_engine(old, run_dir=tmp_path, on_publish="at_segment_boundary")
         first = await engine.generate([1, 2, 3], params(4), session="old")
         update = asyncio.create_task(engine.update_weights(publish_model(tmp_path, new)))
-        while not engine._scheduler.is_holding_new:
+        while not engine._scheduler.hold:
             await asyncio.sleep(0.001)
         waiting = asyncio.create_task(engine.generate([4, 5], params(4), session="new"))
         await steps(10)
@@ -176,7 +259,7 @@ def test_boundary_holds_until_open_sessions_close(tmp_path: Path) -> None:
 
 def test_boundary_ends_with_a_cancelled_episode_and_with_sessionless_requests(tmp_path: Path) -> None:
     async def main() -> None:
-        engine = make_engine(run_dir=tmp_path, on_publish="at_episode_boundary")
+        engine = make_engine(run_dir=tmp_path, on_publish="at_segment_boundary")
         session = asyncio.create_task(engine.generate([1], params(40), session="s"))
         loose = asyncio.create_task(engine.generate([2], params(40)))
         await steps(3)
@@ -194,10 +277,15 @@ def test_boundary_is_bounded_and_newer_versions_replace_older(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
-        engine = make_engine(run_dir=tmp_path, on_publish="at_episode_boundary", max_hold_s=0.05)
+        engine = make_engine(run_dir=tmp_path, on_publish="at_segment_boundary")
         await engine.generate([1], params(4), session="forgotten")
         manifests = [publish_model(tmp_path, other_model(2 * step), Version(0, step)) for step in (1, 2)]
-        await asyncio.gather(*(engine.update_weights(manifest) for manifest in manifests))
+        first = asyncio.create_task(engine.update_weights(manifests[0]))
+        while not engine._scheduler.hold:
+            await asyncio.sleep(0.001)
+        # of the second; the first would be held for ten minutes
+        engine._config = replace(engine._config, hold_timeout_s=0.01)
+        await asyncio.gather(first, engine.update_weights(manifests[1]))
         assert engine.version == Version(0, 2) and engine.counters.num_weight_updates == 1
         completion = await engine.generate([1, 2], params(4), session="other")
         assert completion.versions == (VersionSpan(Version(0, 2), 4),)
@@ -208,10 +296,10 @@ def test_boundary_is_bounded_and_newer_versions_replace_older(
 
 def test_a_cancelled_hold_lets_sessions_in(tmp_path: Path) -> None:
     async def main() -> None:
-        engine = make_engine(run_dir=tmp_path, on_publish="at_episode_boundary")
+        engine = make_engine(run_dir=tmp_path, on_publish="at_segment_boundary")
         await engine.generate([1], params(4), session="open")
         update = asyncio.create_task(engine.update_weights(publish_model(tmp_path, other_model())))
-        while not engine._scheduler.is_holding_new:
+        while not engine._scheduler.hold:
             await asyncio.sleep(0.001)
         waiting = asyncio.create_task(engine.generate([2], params(4), session="waiting"))
         await steps(3)
@@ -258,11 +346,11 @@ def test_failed_loads_keep_the_old_weights(tmp_path: Path) -> None:
 
 def test_closing_ends_a_hold(tmp_path: Path) -> None:
     async def main() -> None:
-        engine = make_engine(run_dir=tmp_path, on_publish="at_episode_boundary")
+        engine = make_engine(run_dir=tmp_path, on_publish="at_segment_boundary")
         await engine.generate([1], params(4), session="open")
         manifest = publish_model(tmp_path, other_model())
         update = asyncio.create_task(engine.update_weights(manifest))
-        while not engine._scheduler.is_holding_new:
+        while not engine._scheduler.hold:
             await asyncio.sleep(0.001)
         await engine.aclose()
         with pytest.raises(EngineClosedError):

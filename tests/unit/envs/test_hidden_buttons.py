@@ -245,6 +245,10 @@ class Replay:
         self.renderer, self.texts = renderer, list(texts)
         self.version, self.max_context_tokens = Version(0, 0), 512
 
+    @property
+    def extra_counters(self) -> dict[str, float]:
+        return {}
+
     async def generate(
         self, token_ids: Sequence[int], params: SamplingParams, *, session: str | None = None
     ) -> Completion:
@@ -256,6 +260,9 @@ class Replay:
 
     async def update_weights(self, manifest: object) -> None:
         raise NotImplementedError
+
+    def announce(self, manifest: object) -> None:
+        return None
 
     async def aclose(self) -> None:
         return None

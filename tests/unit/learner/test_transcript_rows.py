@@ -69,7 +69,7 @@ def _gradients(items: Sequence[TrainItem]) -> tuple[list[torch.Tensor], int]:
     model: Qwen3 = tiny_model()
     trainer = Trainer.create(model, LearnerConfig(tokens_per_micro_batch=64), LossConfig(), 0.8)
     flat = flatten(list(items), vocab_size=VOCAB)
-    trainer._accumulate(flat)
+    trainer.accumulate(flat)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert any(float(gradient.abs().max()) > 1e-4 for gradient in gradients)
     return gradients, flat.num_tokens

@@ -30,6 +30,10 @@ class ScriptedEngine:
         self.hang_at: int | None = None
 
     @property
+    def extra_counters(self) -> dict[str, float]:
+        return {}
+
+    @property
     def version(self) -> Version:
         return Version(0, len(self.calls) // 3)
 
@@ -70,6 +74,9 @@ class ScriptedEngine:
 
     async def update_weights(self, manifest: Manifest) -> None:
         raise NotImplementedError
+
+    def announce(self, manifest: Manifest) -> None:
+        return None
 
     async def aclose(self) -> None:
         return None
