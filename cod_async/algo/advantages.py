@@ -69,6 +69,12 @@ class GroupBaseline(msgspec.Struct, frozen=True):
         return (self.total - return_) / (self.num_members - 1)
 
     def advantage(self, return_: float, settings: CreditAssignmentConfig, *, is_late: bool = False) -> float:
-        """Return (return − baseline), divided by (group std + 1e-6) when ``settings.std`` is ``group``."""
+        """Return (return − baseline), divided by (group std + 1e-6) when ``settings.std`` is ``group``.
+
+        A late member of a group whose returns were all equal is not divided: that spread is no scale for a
+        return that did not enter it, and would make an advantage of a million.
+        """
         advantage = return_ - self.baseline(return_, settings, is_late=is_late)
-        return advantage / (self.std + STD_EPSILON) if settings.std == "group" else advantage
+        if settings.std != "group" or (is_late and self.std <= STD_EPSILON):
+            return advantage
+        return advantage / (self.std + STD_EPSILON)

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from cod_async.config.check import parse_bind
 from cod_async.config.schema import Config, EnvironmentConfig
 from cod_async.engines.conformance.findings import Check, CheckFailedError, CheckSkippedError, find, find_all
-from cod_async.errors import InputError
+from cod_async.errors import EngineError, InputError
 
 if TYPE_CHECKING:
     from cod_async.commands.doctor import Reporter
@@ -238,6 +238,9 @@ async def _embedded(config: Config, path: Path | None, reporter: Reporter) -> No
         return
     except CheckSkippedError as error:
         reporter(Finding("engine", "skipped", str(error)))
+        return
+    except EngineError as error:  # this machine cannot keep what the configuration asks of it
+        reporter(Finding("engine", "failed", str(error)))
         return
     await find_all(checks, reporter)
     await engine.aclose()

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cod_async.config.presets import NEUTRAL
+from cod_async.config.presets import preset_values
 from cod_async.config.schema import Config, LossConfig
 
 _RATIO_CLIPS = ("ppo", "cispo", "dppo_tv", "m2po", "topr")
 """Clips that weigh tokens by the ratio."""
 _SEGMENT_CLIPS = ("one_side", "ppo", "cispo", "topr")
 """Clips that may take one ratio per segment."""
+_RANGE_CLIPS = ("one_side", "ppo", "cispo")
+"""Clips that read the range of ``eps_low`` and ``eps_high``."""
 
 
 def loss_problems(config: Config) -> Iterator[str]:
@@ -85,9 +87,14 @@ def _weights(loss: LossConfig) -> Iterator[str]:
 
 
 def _unread(loss: LossConfig) -> Iterator[str]:
-    """Options that are set and that the rest of the section leaves without effect."""
+    """Options that are set beside the preset and that the rest of the section leaves without effect."""
+    own = preset_values(loss.preset)
+    has_range, reads_range = loss.clip in _RANGE_CLIPS, 'loss.clip = "one_side", "ppo" or "cispo"'
     is_weighted = loss.behavior_weight != "none"
     rules = (
+        ("eps_low", has_range, reads_range),
+        ("eps_high", has_range, reads_range),
+        ("kl", loss.kl_coef > 0, "loss.kl_coef above 0"),
         ("weight_level", is_weighted, 'loss.behavior_weight other than "none"'),
         ("weight_cap", is_weighted, 'loss.behavior_weight other than "none"'),
         ("weight_floor", loss.behavior_weight == "masked", 'loss.behavior_weight = "masked"'),
@@ -101,7 +108,7 @@ def _unread(loss: LossConfig) -> Iterator[str]:
     )
     for name, is_read, reader in rules:
         value = getattr(loss, name)
-        if value != NEUTRAL[name] and not is_read:
+        if value != own[name] and not is_read:
             yield (
                 f"loss.{name}: {_shown(value)} has no effect, only {reader} reads it; set that, or drop it"
             )

@@ -222,7 +222,11 @@ class Grouping:
             return
         text = store.work.frozen(group.group)
         frozen = msgspec.json.decode(text, type=_Frozen) if text and group.state != "dropped" else []
-        baselines = {(kind, position): baseline for kind, position, baseline in frozen}
+        baselines = {
+            (kind, position): baseline
+            for kind, position, baseline in frozen
+            if baseline.num_members >= MIN_COMPARED  # one alone was dropped: nothing to compare with
+        }
         credits = {
             (credit.kind, credit.position): credit
             for one in _members(rows)
@@ -232,8 +236,8 @@ class Grouping:
         for row in waiting:
             credit = credits.get((row.kind, row.position))
             reason = self._unfit(row)
-            if credit is None:  # its return never closed, or nobody who was in time got that far
-                is_alone = lease.state == "ended" and bool(baselines)
+            if credit is None:  # its return never closed, or fewer than two in time got that far
+                is_alone = lease.state == "ended" and bool(frozen)
                 name = "singleton_group" if is_alone else lease.reason or "late_group"
                 dropped.setdefault(name, []).append(row.key)
             elif reason:

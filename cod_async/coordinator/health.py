@@ -36,7 +36,9 @@ class Health:
 
     def restore(self, reports: Sequence[Mapping[str, Any]]) -> None:
         """Go on from the reports of the last recorded steps, oldest first."""
-        last: Mapping[str, Any] = reports[-1] if reports else {}
+        # a step that only a checkpoint proves was taken was never judged: the one before it knows
+        judged = (report for report in reversed(reports) if "is_mix_parted" in report)
+        last: Mapping[str, Any] = next(judged, {})
         self._window.restore(reports)
         self._has_parted = bool(last.get("is_mix_parted", False))
         staleness = self._config.staleness

@@ -8,7 +8,9 @@ its environment cannot be restored, starts anew, and the segments of the abandon
 Under ``on_bound = expire`` a *forecast* (:mod:`cod_async.coordinator.forecast`) also has to allow it: a group
 is not started while it would be trained in front of an older one for which it is then too late, and a
 lifecycle is not handed out again when it cannot finish in time. Groups start strictly in order, so one that
-has to wait is not overtaken by others that are shorter.
+has to wait is not overtaken by others that are shorter. While the learner waits and nobody plays an open
+group, as after the death of the only actor, the forecast is not asked: what it forbids it would forbid for
+ever.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ class _Pace:
         self.step = core.step
         self.made_at = core.now()
         self._running: dict[int, Running] = {}
+        self._is_idle = bool(core.waits_for)
+        """Whether the learner waits and nobody plays an open group."""
         tree, work = core.tree, core.store.work
         assert tree is not None  # noqa: S101  (granting needs a lineage)
         for group, state, floor in work.untrained():
@@ -72,7 +76,9 @@ class _Pace:
                 assert row is not None  # noqa: S101  (it is untrained)
                 if state == "open":
                     playing = [lease.member for lease in work.leases(group) if lease.state == "held"]
-                    closing = core.forecast.of_running(group, playing)
+                    # nobody knows when a group closes that waits to be handed out again
+                    closing = core.forecast.of_running(group, playing) if playing else None
+                    self._is_idle = self._is_idle and not playing
                 birth = tree.birth(floor).step
                 self._running[group] = Running(birth, closing, self._renewal_s(row))
 
@@ -93,6 +99,8 @@ class _Pace:
         assert group is not None  # noqa: S101  (foreign key)
         world, limits = (group.environment, group.preset), core.limits
         mine = self._running.get(row.group)
+        if self._is_idle and mine is not None:
+            return True
         if mine is not None:  # its group is under way and delays nobody any more: only its own time counts
             closing = core.forecast.of_new(world, 1, row.next_ordinal)
             if closing is None:
@@ -102,7 +110,8 @@ class _Pace:
             return may_start(new, others, core.step, core.forecast.step_s, limits)
         closing = core.forecast.of_new(world, core.config.lifecycle.group_size)
         new = Running(self.published_step, closing, self._renewal_s(group))
-        is_allowed = may_start(new, list(self._running.values()), core.step, core.forecast.step_s, limits)
+        others = list(self._running.values())
+        is_allowed = self._is_idle or may_start(new, others, core.step, core.forecast.step_s, limits)
         if is_allowed:
             self._running[row.group] = new
         return is_allowed

@@ -266,7 +266,9 @@ def _leaves_room(usable: Sequence[GroupView], chosen: Sequence[GroupView], step:
     the oldest ones is the best there is.
     """
     taken = {group.group for group in chosen}
-    per_step, lag = limits.groups_per_step, limits.admission_lag
+    per_step = limits.groups_per_step
+    # the autopilot's lag makes the learner pause, but nothing is cut off by it
+    lag = limits.admission_lag if limits.on_bound == "wait" else limits.max_lag
     for last in {_birth(group) + lag for group in usable}:
         due = [group for group in usable if _birth(group) + lag <= last]
         needed = min(per_step, len(due) - per_step * max(0, last - step))

@@ -100,6 +100,7 @@ class Training:
         core.store.set_meta("finished", "")
         core.changed()
         self._waiting.clear()
+        core.waits_for = ""
         self._leasing.call_back_unreachable()
         log.info(
             "run %s: lineage %d opened at step %d, %d steps rolled back",

@@ -330,8 +330,9 @@ class EngineHost:
     def _say(self, output: bytes) -> None:
         if not output:
             return
-        sys.stderr.buffer.write(output)
-        sys.stderr.buffer.flush()
+        with contextlib.suppress(OSError):  # a full disk; if nobody read on, the server would stand still
+            sys.stderr.buffer.write(output)
+            sys.stderr.buffer.flush()
         lines = output[-_MAX_LINE_BYTES:].decode(errors="replace").splitlines()
         self._last_line = next((line.strip() for line in reversed(lines) if line.strip()), self._last_line)[
             -500:

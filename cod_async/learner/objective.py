@@ -183,7 +183,8 @@ def _with_segments(loss: LossConfig, whole: Objective, survey: Tensor) -> Object
     if loss.segment_mask == "geometric_mean":
         is_kept = geometric_mask(of_segments(to_proximal), loss.mask_floor, loss.mask_cap)
     elif loss.segment_mask == "negative_drift":
-        is_kept = negative_drift_mask(of_segments(to_current), whole.raw_advantages, loss.mask_drift)
+        # Against the behaviour policy, whatever the clip's anchor: with one update the proximal is current.
+        is_kept = negative_drift_mask(of_segments(drift), whole.raw_advantages, loss.mask_drift)
     if is_kept is not None:
         advantages = advantages * is_kept
     bound = None

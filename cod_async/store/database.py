@@ -123,7 +123,7 @@ class RunStore:
 
     def prune_payloads(self, before_step: int) -> int:
         """Delete payloads that no resume can need: of segments trained before ``before_step``, and of dropped
-        ones whose group has none trained later.
+        ones whose group has none trained later or still to be trained.
 
         Segments of groups that are still being worked on keep theirs. Returns the number deleted.
         """
@@ -135,9 +135,11 @@ class RunStore:
             "FROM segments INDEXED BY segments_payload CROSS JOIN groups USING (grp) "
             "WHERE segments.payload IS NOT NULL AND groups.state IN ('trained', 'dropped') "
             "AND ((segments.state = 'trained' AND segments.trained_step < ?) OR (segments.state = 'dropped' "
-            # a transcript's dropped segments are the context of those that a resume may train again
+            # a transcript's dropped segments are the context of those that a resume may train again, and of
+            # late ones that are not trained yet
             "AND NOT EXISTS (SELECT 1 FROM segments AS other WHERE other.grp = segments.grp "
-            "AND other.state = 'trained' AND other.trained_step >= ?)))",
+            "AND (other.state IN ('waiting', 'ready', 'planned') "
+            "OR (other.state = 'trained' AND other.trained_step >= ?)))))",
             (before_step, before_step),
         )
         self._connection.execute(

@@ -194,6 +194,7 @@ CREATE TABLE step_replays (
     FOREIGN KEY (lineage, step) REFERENCES steps (lineage, step),
     FOREIGN KEY (grp, member, ordinal) REFERENCES segments (grp, member, ordinal)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX step_replays_segment ON step_replays (grp, member, ordinal);
 """
 
 

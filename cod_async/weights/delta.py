@@ -139,7 +139,10 @@ def write_delta(
     folder = run_dir / version_folder(manifest.version)
     temporary = folder / f".{DELTA_FILE}.{os.getpid()}.tmp"
     try:
-        save_file(parts, temporary)
+        try:
+            save_file(parts, temporary)
+        except SafetensorError as error:  # its word for every OSError
+            raise OSError(f"{temporary} cannot be written: {error}") from None
         if temporary.stat().st_size > limit:
             return None
         fsync_path(temporary)

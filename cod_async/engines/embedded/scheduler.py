@@ -143,17 +143,19 @@ class Scheduler:
         if not self.waiting:
             return
         kept: deque[Request] = deque()
+        is_full = False
         while self.waiting:
             request = self.waiting.popleft()
             if not self._may_start(request):
                 kept.append(request)
                 continue
             slot = request.session.slot
-            if slot is None:
+            if slot is None and not is_full:
                 slot = self._take_slot(step)
-            if slot is None:
+                is_full = slot is None
+            if slot is None:  # those behind it that a switch held back may still have their slots
                 kept.append(request)
-                break
+                continue
             self._place(request, slot)
         self.waiting.extendleft(reversed(kept))
 

@@ -130,6 +130,8 @@ class Completions:
                 self.num_cancelled_tokens += num_made
                 raise
             made = part if made is None else _joined(made, part)
+            if made.finish == "length" and made.token_ids[-1] in params.stop_ids:
+                return msgspec.structs.replace(made, finish="stop")  # some servers look at the length first
             if made.finish != "stop" or made.token_ids[-1] in params.stop_ids:
                 return made
             if not params.stop_ids:

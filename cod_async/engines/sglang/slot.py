@@ -29,6 +29,7 @@ from cod_async.engines.sglang.client import ServerClient
 from cod_async.engines.sglang.protocol import ServerInfo
 from cod_async.engines.sglang.pushes import Push
 from cod_async.engines.sglang.records import ServerRecord
+from cod_async.engines.sglang.switching import undo
 from cod_async.engines.sglang.tally import Tally
 from cod_async.engines.sglang.updates import Updater
 from cod_async.errors import CodError, EngineDownError, EngineError, EngineMismatchError
@@ -225,6 +226,7 @@ class ServerSlot:
                 client, record = await self._connected()
                 self._connection = Connection(client, self.shared.tally)
                 self.is_suspect, self._num_broken, self._trouble = False, 0, ""
+                self.shared.notify()  # who waits for a connection need not wait for the weights too
                 push = self.shared.make_push()
                 reason = "it cannot be used"
                 keeping = asyncio.create_task(
@@ -354,8 +356,10 @@ async def _clear_leftovers(client: ServerClient) -> None:
     await client.pause("retract")
     try:
         await client.end_update()
-    finally:
-        await client.resume()
+    except BaseException as error:
+        await undo(error, client.resume())
+        raise
+    await client.resume()
 
 
 async def _retire(

@@ -147,8 +147,8 @@ async def _change(
             has_begun = False
         if checker is not None:
             await checker.check()
-    except BaseException:
-        await _whatever_happens(_leave(client, has_begun=has_begun, is_paused=mode != "idle"))
+    except BaseException as error:
+        await undo(error, _leave(client, has_begun=has_begun, is_paused=mode != "idle"))
         raise
     await _whatever_happens(_leave(client, has_begun=False, is_paused=mode != "idle"))
     return push_s
@@ -177,6 +177,23 @@ async def _leave(client: ServerClient, *, has_begun: bool, is_paused: bool) -> N
                 raise EngineDownError(f"{client.url} does not resume: {error}") from error
             log.warning("%s did not resume, it is asked again: %s", client.url, error)
             await asyncio.sleep(wait_s)
+
+
+async def undo(error: BaseException, work: Coroutine[Any, Any, None]) -> None:
+    """Do ``work`` to its end because of ``error``, which the caller raises again after this.
+
+    A cancellation stays one even if the work fails, which is all that a server that is gone lets it do: as an
+    ordinary error it would be taken for one more failed update, by a task that has to end.
+
+    Raises:
+        EngineError: the work failed, and ``error`` is no cancellation.
+    """
+    try:
+        await _whatever_happens(work)
+    except EngineError as trouble:
+        if not isinstance(error, asyncio.CancelledError):
+            raise
+        log.warning("%s", trouble)
 
 
 async def _whatever_happens(work: Coroutine[Any, Any, None]) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from cod_async.engines.sglang.budget import ReprefillBudget
 from cod_async.engines.sglang.client import ServerClient
 from cod_async.engines.sglang.pushes import Push, verify
-from cod_async.engines.sglang.switching import SwitchMode, SwitchReport, switch
+from cod_async.engines.sglang.switching import SwitchMode, SwitchReport, switch, undo
 from cod_async.errors import EngineError, EngineMismatchError, WeightsError
 from cod_async.lifecycle.segment import Version
 from cod_async.weights.manifest import Manifest
@@ -67,6 +67,7 @@ class Updater:
         self.trouble = ""
         self.last_report: SwitchReport | None = None
         self._slot = slot
+        self._client: ServerClient | None = None
         self._config = config
         self._mode = "retract" if config.engine.on_publish == "auto" else config.engine.on_publish
         self._budget = ReprefillBudget(config.engine.max_reprefill_frac)
@@ -136,6 +137,7 @@ class Updater:
 
     def forget(self) -> None:
         """The connection is new, or gone: nothing is known of the server's weights."""
+        self._client = None
         self.weights = None
         self.has_number = 0
         self.hold = self._held_since_s = None
@@ -152,6 +154,7 @@ class Updater:
             EngineMismatchError: the server refuses our key.
         """
         self.forget()
+        self._client = client
         while True:
             if not self.is_due:
                 await self._wait()
@@ -193,12 +196,13 @@ class Updater:
                 await verify(client, weights)
                 await client.flush_cache()
                 await client.set_label(weights.label)
-            finally:
-                await client.resume()
+            except BaseException as error:
+                await undo(error, client.resume())
+                raise
+            await client.resume()
             self._has(weights, 0)
         finally:
-            self.is_switching = False
-            self._slot.shared.notify()
+            self._left(client)
 
     async def _take(self, client: ServerClient, push: Push, manifest: Manifest, number: int) -> None:
         """Switch to a version when the mode allows it; return without, if a newer one came meanwhile."""
@@ -266,9 +270,18 @@ class Updater:
                 slot.cut(f"its weights are not known after a failed update ({error})")
             raise
         finally:
+            self._left(client)
+
+    def _left(self, client: ServerClient) -> None:
+        """The weights are not being changed any more.
+
+        On a connection that was given up that can come late, when another one has taken its place: then it
+        says nothing about the server.
+        """
+        if self._client is client:
             self.hold = self._held_since_s = None
             self.is_switching = False
-            slot.shared.notify()
+            self._slot.shared.notify()
 
     def _has(self, weights: PublishedWeights, number: int) -> None:
         """The server has these weights, verified."""

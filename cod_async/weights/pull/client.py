@@ -294,8 +294,7 @@ class Puller:
                 fetcher.disconnected()
             for key in fetcher.due(now):
                 if not self._upstream.send(AskChunk(version, entry.name, key.offset, key.length)):
-                    fetcher.unsent(key)
-                    break
+                    fetcher.unsent(key)  # and so will be the others; none may count as asked
             self._upstream.poll(_POLL_S)
             while (answer := self._upstream.receive(self._clock())) is not None:
                 reply, data = answer

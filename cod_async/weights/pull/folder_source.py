@@ -112,7 +112,10 @@ class FolderSource:
             for shard in manifest.shards
             if shard.file.startswith(prefix) and "/" not in shard.file.removeprefix(prefix)
         ]
-        companions = _companions(folder)
+        try:
+            companions = _companions(folder)
+        except OSError:  # between two looks at the folder
+            raise WireError("no_version", f"version {version} was pruned; take a newer version") from None
         for companion in companions:
             if companion.name == DELTA_INFO_FILE:
                 entries += _delta_entry(folder, companion.data)

@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 FILES_NAME = ".files"
 DEFAULT_WINDOW = 32
 _MAX_RECEIVED_PER_TURN = 64
+_MAX_ASKED = 4096
+"""Most questions about files and digests that are open above; more are refused as ``busy``."""
 _REMEMBERED_S = 1.0
 """An answer that is not kept on disk serves all who waited for it, and nobody later."""
 
@@ -122,13 +124,9 @@ class RelaySource:
     def files(self, ask: AskFiles) -> Files | Later:
         """Return the files of a version, from here if it is known."""
         known = self._files.get(ask.version)
-        if known is not None:
-            if known.manifest.run != ask.run:
-                raise WireError("wrong_run", f"this relay has the weights of {known.manifest.run!r}")
-            return known
-        self._raise_if_refused(ask)
-        self._asked.setdefault(ask, float("-inf"))
-        return Later(ask)
+        if known is not None and known.manifest.run == ask.run:
+            return known  # of another run it may be left over from an earlier server: the one above knows
+        return self._ask_above(ask)
 
     def chunk(self, ask: AskChunk) -> tuple[bytes, bytes] | Later:
         """Return (bytes, SHA-256) of a chunk that is here, or ask for it."""
@@ -156,12 +154,10 @@ class RelaySource:
     def digests(self, ask: AskDigests) -> bytes | Later:
         """Return chunk digests as the other server reads them now; what differs here is forgotten."""
         self._known(ask)
-        self._raise_if_refused(ask)
         answer = self._answers.get(ask)
         if answer is not None and isinstance(answer[0], bytes):
             return answer[0]
-        self._asked.setdefault(ask, float("-inf"))
-        return Later(ask)
+        return self._ask_above(ask)
 
     def turn(self, now: float) -> list[Hashable]:
         """Ask for what is wanted, take in what has come; return the requests that can be answered."""
@@ -272,6 +268,13 @@ class RelaySource:
             raise WireError("no_version", f"this relay has no version {ask.version}; ask for its files first")
         return known
 
+    def _ask_above(self, ask: AskFiles | AskDigests) -> Later:
+        self._raise_if_refused(ask)
+        if ask not in self._asked and len(self._asked) >= _MAX_ASKED:
+            raise WireError("busy", f"{_MAX_ASKED} questions are open; {self.cause}")
+        self._asked.setdefault(ask, float("-inf"))
+        return Later(ask)
+
     def _raise_if_refused(self, ask: Request) -> None:
         answer = self._answers.get(ask)
         if answer is not None and isinstance(answer[0], WireError):
@@ -286,14 +289,19 @@ class RelaySource:
             ask = AskFiles(run=files.manifest.run, version=version)
             self._answers[ask] = (WireError("upstream", f"the relay cannot store: {error}"), now)
             return
+        if version in self._files:  # of another run: its bytes are not this one's
+            self._let_go(version)
         self._files[version] = files
         others = sorted(known for known in self._files if known != version)
         for old in others[: max(0, len(self._files) - self._cache.keep_versions)]:
-            del self._files[old]
-            for key in [key for key in self._partials if key[0] == old]:
-                self._fetcher_forget(key)
-                self._partials.pop(key).close()
+            self._let_go(old)
         self._cache.drop_parts(keep=self._files)
+
+    def _let_go(self, version: Version) -> None:
+        del self._files[version]
+        for key in [key for key in self._partials if key[0] == version]:
+            self._fetcher_forget(key)
+            self._partials.pop(key).close()
 
     def _fetcher_forget(self, key: tuple[Version, str]) -> None:
         partial = self._partials[key]

@@ -376,3 +376,11 @@ def test_numbers_beyond_a_double_are_a_problem_not_a_crash() -> None:
     starts = [problem.partition(":")[0] for problem in caught.value.problems]
     assert starts == ["gamma", "lifecycles[0].task_rewards[0]", "lifecycles[0].solve_tokens[0]"]
     assert max(map(len, caught.value.problems)) < 200
+
+
+def test_equal_returns_are_no_scale_for_a_late_member() -> None:
+    for returns in ((0.3, 0.3), (0.3, 0.1 + 0.2)):  # the second pair differs by a rounding
+        config = CreditAssignmentConfig(std="group")
+        group = credit_group([MemberRewards(i, (r,), ()) for i, r in enumerate(returns)], 1, config)
+        (late,) = credit_member(MemberRewards(2, (1.0,), ()), 1, group.baselines, config)
+        assert late.advantage == pytest.approx(0.7)

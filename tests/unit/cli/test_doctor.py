@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import sys
@@ -15,8 +16,10 @@ from sglang_stand_in import make_stand_in
 
 from cod_async.cli import main
 from cod_async.commands import doctor_checks
+from cod_async.commands.doctor import Reporter
 from cod_async.config.schema import Config, EngineConfig, EnvironmentConfig
 from cod_async.engines.conformance.findings import CheckFailedError, CheckSkippedError
+from cod_async.errors import EngineError
 from cod_async.models.directory import save_model
 from cod_async.models.qwen3 import Qwen3, Qwen3Config
 from cod_async.models.tokenizers import write_chatml_tokenizer
@@ -193,6 +196,19 @@ def test_interpreters_without_sglang_are_found(tmp_path: Path, monkeypatch: pyte
         asked(sys.executable, make_stand_in(tmp_path / "old", release="0.5.3"))
     found = asked("", make_stand_in(tmp_path / "new", release="0.5.23"))
     assert found == f"{sys.executable}: SGLang 0.5.23, torch 0.0, no CUDA"
+
+
+def test_a_machine_that_cannot_keep_the_promise_is_a_finding(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise EngineError("not batch invariant here")
+
+    monkeypatch.setattr("cod_async.engines.conformance.embedded.embedded_checks", refuse)
+    reporter = Reporter(is_json=True)
+    asyncio.run(doctor_checks._embedded(_config(), model_dir, reporter))
+    assert [(one.check, one.status) for one in reporter.findings] == [("engine", "failed")]
+    assert reporter.exit_code == 1
 
 
 def test_large_models_are_not_examined_here(model_dir: Path) -> None:

@@ -87,6 +87,9 @@ def test_overrides_stay_and_old_presets_go(tmp_path: Path) -> None:
         (["loss.preset=tis_token", "loss.segment_weight=product"], "loss.segment_weight", "no effect"),
         (["loss.preset=ppo", "loss.eps_low=1.5"], "loss.eps_low", "under 1"),
         (["loss.aggregation=fixed_length"], "loss.fixed_length_tokens", "missing"),
+        (["loss.preset=topr", "loss.eps_high=0.3"], "loss.eps_high", "no effect"),
+        (["loss.preset=dppo_tv", "loss.eps_low=0.3"], "loss.eps_low", "no effect"),
+        (["loss.kl=k1"], "loss.kl", "no effect"),
         (["loss.fixed_length_tokens=9"], "loss.fixed_length_tokens", "no effect"),
         (["learner.minibatches_per_step=500"], "learner.minibatches_per_step", "128 lifecycles"),
     ],
@@ -100,6 +103,14 @@ def test_contradictions(tmp_path: Path, overrides: list[str], path: str, part: s
 def test_all_contradictions_at_once(tmp_path: Path) -> None:
     config = made(tmp_path, "loss.dual_clip=2", "loss.tv_bound=0.3", "loss.fixed_length_tokens=4")
     assert len(list(loss_problems(config))) == 3
+
+
+def test_what_only_the_preset_says_may_go_unread(tmp_path: Path) -> None:
+    config = made(tmp_path, "loss.preset=opsm", "loss.segment_mask=none", "loss.kl_coef=0.1", "loss.kl=k1")
+    assert list(loss_problems(config)) == []
+    config = made(tmp_path, "loss.preset=icepop", "loss.behavior_weight=none", "loss.proximal=none")
+    assert config.loss.weight_cap == 5
+    assert list(loss_problems(config)) == []
 
 
 def test_what_more_mini_batches_make_meaningful(tmp_path: Path) -> None:

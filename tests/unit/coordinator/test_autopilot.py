@@ -6,12 +6,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from coordinator_world import Actor, Learner, World, make_config
+from coordinator_world import Actor, Learner, LearnerCheckpoint, World, make_config
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cod_async.config.schema import AutopilotConfig
 from cod_async.coordinator.autopilot import Decision, PilotState, restore, start, steer, verdict
+from cod_async.coordinator.planner import GroupView, Limits, choose_groups
+from cod_async.lifecycle.segment import Version
+from cod_async.store.trained import extend_trained_digest
 from cod_async.wire.messages import StepDone
 
 CONFIG = AutopilotConfig(is_enabled=True, window_steps=3, retry_steps=40)
@@ -153,3 +156,41 @@ def test_a_rollback_takes_its_decisions_back(make_world: Any) -> None:
 
 def test_it_is_off_by_default() -> None:
     assert not make_config().autopilot.is_enabled
+
+
+def test_a_step_that_only_a_checkpoint_proves_does_not_forget_it(make_world: Any) -> None:
+    world = make_world(
+        learner={"groups_per_step": 1},
+        staleness={"max_lag": 8},
+        autopilot={"is_enabled": True, "window_steps": 2},
+    )
+    learner, actor = Learner(world), Actor(world)
+    for _ in range(2):
+        finish(world, learner, actor, metrics(0.1))
+    actor.ask(64)
+    actor.play_all()
+    learner.request_step()
+    assert learner.batch is not None and world.brain.status()["lag_limit_steps"] == 4
+    digest, items = learner.batch  # taken and saved, but the learner dies before it says so
+    saved = LearnerCheckpoint(
+        Version(0, 3),
+        extend_trained_digest(learner.trained_digest, digest),
+        (*learner.weights_by_step, "w3"),
+        (*(tuple(step) for step in learner.history), tuple(items)),
+    )
+    learner.die()
+    again = Learner(world, saved)
+    assert again.version == Version(1, 3)
+    assert world.brain.status()["lag_limit_steps"] == 4
+
+
+def test_nothing_expires_by_it() -> None:
+    """Under a braked lag, a group that runs since before is not cut off before ``max_lag`` does it."""
+    base = Limits(groups_per_step=1, max_lag=8, plan_ahead_steps=4, num_steps=100, on_bound="expire")
+    groups = [GroupView(0, False, 2, is_closable=True), GroupView(1, True, 4)]
+    for limits in (base, base.steered(2, -1)):
+        assert choose_groups(groups, 5, limits).selected == (1,)
+        assert choose_groups(groups, 10, limits).last_call == (0,)
+    waiting = msgspec.structs.replace(base, on_bound="wait")
+    assert choose_groups(groups, 5, waiting).selected == (1,)
+    assert choose_groups(groups, 5, waiting.steered(2, -1)).reason == "older_groups_open"

@@ -258,3 +258,32 @@ def test_abandoned_work_is_trained_on_its_own_record(make_world: MakeWorld) -> N
         again.take_step("noise")
     assert num_old == len(sealed)
     assert ledger(world.folder)["balanced"]
+
+
+def test_one_member_alone_is_no_baseline_for_a_late_one(make_world: MakeWorld) -> None:
+    """Of the two in time only one got to the last task: it is dropped there, and so is the late member."""
+    world = make_world(
+        learner={"groups_per_step": 1},
+        lifecycle={"pack_size": 2, "group_size": 4},
+        groups=QUORUM,
+        credit_assignment={"style": "sliding_window_mean", "window": 1, "std": "group"},
+        actors={"max_retries": 0},
+    )
+    learner, actor = Learner(world), Actor(world)
+    actor.ask(4)
+    play(actor, 0, [1.0, 0.0, 1.0])
+    play(actor, 1, [0.0, 0.0])
+    actor.give_back(LeaseRef(0, 1, 0))
+    play(actor, 3, [0.0])
+    actor.give_back(LeaseRef(0, 3, 0))
+    play(actor, 2, [1.0])
+    world.tick(10.5)
+    assert states(world) == ["waiting"]  # a quorum of two has not ended yet
+    row = world.store.work.group(0)
+    assert row is not None and row.state == "open"
+    world.brain._grouping.close_now(0)
+    play(actor, 2, [0.0, 0.0])
+    assert states(world) == ["ready", "ready", "dropped"]
+    assert world.brain.status()["drops"] == {"singleton_group": 2}
+    learner.request_step()
+    assert all(abs(advantage) < 10 for advantage in trained_advantages(learner).values())

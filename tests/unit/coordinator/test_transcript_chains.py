@@ -143,3 +143,35 @@ def test_context_outlives_pruning_as_long_as_its_group_can_be_trained_again(tmp_
     again.take_step()
     assert world.store.prune_payloads(before_step=5) > 0
     world.store.close()
+
+
+def test_context_of_late_members_outlives_pruning_until_they_are_trained(make_world: MakeWorld) -> None:
+    """The group was trained long ago; of a late conversation one part is dropped, the others come now."""
+    world = make_world(
+        lifecycle={"pack_size": 3, "group_size": 3, "carry": "transcript"},
+        store={"retention": "until_checkpoint"},
+        learner={"groups_per_step": 1},
+        staleness={"max_lag": 8},
+        groups={"close": "quorum", "quorum_members": 2, "after_s": 10.0},
+    )
+    learner, actor = Learner(world), Actor(world)
+    actor.ask(64)
+    late = LeaseRef(0, 2, 0)
+    for ref in [ref for ref in actor.lives if ref != late]:
+        while ref in actor.lives:
+            actor.play(ref)
+    world.tick(10.5)
+    for _ in range(3):
+        learner.request_step()
+        learner.take_step()
+    while late in actor.lives:
+        actor.play(late)
+    world.store.segments.drop([SegmentKey(0, 2, 0)], "version_spread")
+    assert world.store.prune_payloads(before_step=3) > 0
+    learner.request_step()
+    assert learner.batch is not None
+    items = [item for item in learner.batch[1] if item.key.group == 0]
+    assert [(item.key.ordinal, item.is_context) for item in items] == [(0, True), (2, False), (4, False)]
+    learner.take_step()
+    world.store.prune_payloads(before_step=9)
+    assert not world.store.segments.kept(0)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
 
+from cod_async.engines.base import Completion
 from cod_async.engines.embedded import EmbeddedEngine, load_engine
+from cod_async.engines.embedded.scheduler import Request, Scheduler
+from cod_async.engines.embedded.slots import SlotTable
 from cod_async.errors import EngineClosedError, EngineError, InputError, WeightsError
 from cod_async.lifecycle.segment import Version, VersionSpan
 from cod_async.models.directory import save_model, weights_of
@@ -396,3 +401,30 @@ def test_engine_from_a_directory(tmp_path: Path) -> None:
     assert_span_logprobs(model, [1, 2], completion, 0, 6)
     with pytest.raises(InputError):
         load_engine(tmp_path / "nothing", make_engine()._config, max_context_tokens=32)
+
+
+def test_held_turns_with_a_slot_do_not_wait_behind_a_request_without_one() -> None:
+    table = SlotTable(2, 16)
+    scheduler = Scheduler(2, table)
+
+    async def main() -> None:
+        number = itertools.count()
+
+        def ask(key: str) -> Request:
+            future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+            prompt = np.array([1, 2], dtype=np.int64)
+            request = Request(next(number), prompt, params(4), future, scheduler.session_for(key))
+            scheduler.submit(request)
+            return request
+
+        first, second = ask("first"), ask("second")
+        scheduler.admit(1)
+        scheduler.finish(second, 1)
+        scheduler.hold = "turns"
+        newcomer, turn = ask("newcomer"), ask("second")
+        scheduler.hold = None  # the switch was forced, the first one is still running
+        scheduler.admit(2)
+        assert set(scheduler.running()) == {first, turn}
+        assert list(scheduler.waiting) == [newcomer]
+
+    run(main())

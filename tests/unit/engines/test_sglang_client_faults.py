@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fake_sglang import FakeServer, expected_tokens
+from msgspec.structs import replace
 
 from cod_async.config.schema import ServerConfig
 from cod_async.engines.base import SamplingParams
@@ -453,6 +454,23 @@ def test_an_endless_answer_is_cut(has_streaming: bool) -> None:
         )
 
     play(story, has_streaming=has_streaming)
+
+
+def test_a_stop_token_in_the_last_place_is_a_stop_whatever_the_server_calls_it() -> None:
+    async def story(server: FakeServer, client: ServerClient) -> None:
+        whole = await client.generate(PROMPT, PARAMS, rid="a")
+        last = whole.token_ids[-1]
+        number = whole.token_ids.index(last) + 1
+
+        def change(body: dict[str, Any]) -> None:
+            body["meta_info"]["finish_reason"] = {"type": "length", "length": number}
+
+        server.faults.change = change
+        asked = replace(PARAMS, max_tokens=number, stop_ids=frozenset([last]))
+        made = await client.generate(PROMPT, asked, rid="b")
+        assert made.finish == "stop" and made.token_ids == whole.token_ids[:number]
+
+    play(story)
 
 
 def test_a_stop_that_nobody_asked_for() -> None:

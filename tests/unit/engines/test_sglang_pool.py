@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cod_async.actor.meter import Meter, MeteredEngine
+from cod_async.engines.sglang import slot
 from cod_async.engines.sglang.affinity import Affinity, Load, lifecycle_of
 from cod_async.errors import EngineError, WeightsError
 from cod_async.lifecycle.segment import Version
@@ -213,6 +214,76 @@ def test_a_server_that_hangs_in_an_update_holds_nobody_up(tmp_path: Path) -> Non
                 "L0-S2",
                 "L0-S3",
             ]
+
+    run(main())
+
+
+@pytest.mark.parametrize("when", ["verifying", "updating"])
+def test_a_server_that_wedges_while_its_weights_change_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    monkeypatch.setattr(slot, "RETIRE_S", 0.05)
+
+    async def main() -> None:
+        quick = {"probe_timeout_s": 0.05, "control_timeout_s": 0.2, "update_timeout_s": 30.0}
+        made = World(tmp_path, make_config(server=quick))
+        async with AsyncExitStack() as stack:
+            server = await made.add(stack)
+            if when == "verifying":
+                server.faults.hung_paths = frozenset(["/weights_checker"])
+            engine = await made.open()
+            updating: asyncio.Task[None] | None = None
+            if when == "updating":
+                await made.until_up()
+                server.update_gate = asyncio.Event()
+                updating = asyncio.create_task(engine.update_weights(made.publish(1)))
+            await until(lambda: server.is_paused and made.slot().updater.is_switching)
+            server.faults.is_hung = True
+            await until(lambda: made.slot().state == "down")
+            # What kept its weights current ends, whatever the server answers; two would be at it later.
+            async with asyncio.timeout(5):
+                await until(lambda: not made.slot()._retired)
+            server.faults.is_hung, server.faults.hung_paths = False, frozenset()
+            if server.update_gate is not None:
+                server.update_gate.set()
+            await made.until_up()
+            completion = await engine.generate(prompt_of(1), params(5))
+            made.check(prompt_of(1), completion)
+            await engine.aclose()
+            if updating is not None:
+                await asyncio.gather(updating, return_exceptions=True)
+
+    run(main())
+
+
+def test_closing_while_a_connection_is_being_made_to_a_server_that_is_gone(tmp_path: Path) -> None:
+    async def main() -> None:
+        made = World(tmp_path, make_config(server={"control_timeout_s": 0.2, "update_timeout_s": 30.0}))
+        async with AsyncExitStack() as stack:
+            server = await made.add(stack)
+            server.faults.hung_paths = frozenset(["/end_weight_update"])
+            opening = asyncio.create_task(made.open())
+            await until(lambda: "/end_weight_update" in server.paths())
+            server.faults.is_hung = True
+            opening.cancel()
+            done, _ = await asyncio.wait([opening], timeout=5)
+            assert done and opening.cancelled()
+
+    run(main())
+
+
+def test_what_a_given_up_connection_leaves_late_says_nothing_about_the_next(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path) as made:
+            updater = made.slot().updater
+            updater.is_switching, updater.hold = True, "turns"
+            given_up = made.engine.pool._shared.connect(made.records[0])
+            updater._left(given_up)
+            assert updater.is_switching and updater.hold == "turns"
+            assert updater._client is not None
+            updater._left(updater._client)
+            assert not updater.is_switching and updater.hold is None
+            await given_up.aclose()
 
     run(main())
 

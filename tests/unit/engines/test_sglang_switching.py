@@ -339,6 +339,20 @@ def test_cancelling_again_and_again_does_not_stop_the_resume(play: Callable[...,
     play(story)
 
 
+def test_a_cancelled_switch_of_a_server_that_is_gone_is_still_cancelled(play: Callable[..., None]) -> None:
+    async def story(server: FakeServer, client: ServerClient, source: PublishedWeights) -> None:
+        push = HandlesPush()
+        push.go_on.clear()
+        switching_ = asyncio.ensure_future(switch(client, push, source, "retract", is_checked=False))
+        await push.is_inside.wait()
+        server.faults.is_hung = True
+        switching_.cancel()
+        await asyncio.wait([switching_])
+        assert switching_.cancelled()  # and not failed because nobody answers the resume
+
+    play(story, control_timeout_s=0.1, update_timeout_s=0.1)
+
+
 def test_any_other_error_of_a_push_also_resumes(play: Callable[..., None]) -> None:
     async def story(server: FakeServer, client: ServerClient, source: PublishedWeights) -> None:
         push = HandlesPush()

@@ -5,6 +5,8 @@ and that neither keys nor processes get away. SGLang is a fake one behind a real
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
 import os
 import signal
@@ -271,6 +273,25 @@ def test_a_server_that_cannot_be_used(
     assert not isinstance(caught.value, EngineDownError)  # it never worked: a start again would not help
     assert state_of(run_dir) == "down"
     assert [path.name for path in (run_dir / "engines").iterdir()] == ["engine-0.json"]
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_the_server(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def main() -> str:
+        host, output = host_of(run_dir), asyncio.StreamReader()
+        output.feed_data(b"one\nlast words\n")
+        output.feed_eof()
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stderr", io.TextIOWrapper(Full(), write_through=True))
+            await host._pass_on(output)
+        return host._last_line
+
+    assert asyncio.run(main()) == "last words"
 
 
 def test_told_to_stop_while_the_server_starts(run_dir: Path) -> None:

@@ -355,6 +355,20 @@ def test_masked_fractions_count_segments_that_are_left_out() -> None:
     assert metrics["segment_masked_frac"] == pytest.approx((gone & (a != 0)).mean())
 
 
+@pytest.mark.parametrize("name", ["opsm", "decoupled", "a3po"])
+def test_the_drift_that_masks_is_from_the_behavior_policy(name: str) -> None:
+    """With one update the proximal policy is the current one: from there nothing would ever have drifted."""
+    items, loss = make_items(), LossConfig(preset=name, segment_mask="negative_drift")  # type: ignore[arg-type]
+    flat = flat_of(items)
+    trainer = Trainer.create(tiny_model(), LearnerConfig(lr=1e-4), loss, 0.8)
+    gap = trainer.logprobs(flat).numpy().astype(np.float64) - flat.behavior_logprobs
+    ids, a = flat.action_items, flat.advantages
+    gone = np.array([a[s] < 0 and -gap[ids == s].mean() > 1e-4 for s in range(len(items))])[ids]
+    assert 0 < gone.sum() < (a[ids] < 0).sum()
+    metrics = trainer.take_step(flat, STEP)
+    assert metrics["segment_masked_frac"] == pytest.approx(gone.mean())
+
+
 def test_lags_across_lineages() -> None:
     """Of its own lineage a token's lag is exact; elsewhere it is counted from the oldest one's, as given."""
     (item,) = random_items(1, vocab_size=VOCAB, min_tokens=12, max_tokens=12)

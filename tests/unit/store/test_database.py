@@ -121,3 +121,21 @@ def test_trained_digests() -> None:
     assert (
         extend_trained_digest("", "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
+
+
+def test_deleting_a_segment_scans_no_table_that_refers_to_it(tmp_path: Path) -> None:
+    """A lifecycle that starts anew deletes its segments: every reference to them is looked up by an index."""
+    store = RunStore(tmp_path)
+    read = store._connection.execute
+    tables = [name for (name,) in read("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    num_found = 0
+    for table in tables:
+        columns = [row[3] for row in read(f"PRAGMA foreign_key_list({table})") if row[2] == "segments"]
+        if columns:
+            num_found += 1
+            where = " AND ".join(f"{column} = 0" for column in columns)
+            query = f"EXPLAIN QUERY PLAN SELECT 1 FROM {table} WHERE {where}"  # noqa: S608  (the schema's names)
+            (plan,) = read(query).fetchall()
+            assert plan[3].startswith("SEARCH"), (table, plan)
+    assert num_found == 2
+    store.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import msgspec
@@ -9,7 +10,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pull_world import CHUNK, RUN, OddSource, make_tensors, publish_version, pulling, same_files, serving
+from pull_world import (
+    CHUNK,
+    RUN,
+    OddSource,
+    make_tensors,
+    publish_version,
+    pull_a_part,
+    pulling,
+    same_files,
+    serving,
+)
 from safetensors.numpy import load_file, save_file
 
 from cod_async.errors import WeightsError
@@ -26,7 +37,9 @@ from cod_async.weights.digest import file_sha256
 from cod_async.weights.folders import version_folder
 from cod_async.weights.manifest import Manifest
 from cod_async.weights.publish import publish
+from cod_async.weights.pull.fetch import Patience
 from cod_async.weights.pull.protocol import AskChunk
+from cod_async.weights.pull.server import Later
 from cod_async.weights.source import PublishedWeights
 
 DTYPES = [
@@ -233,30 +246,48 @@ def test_a_delta_of_no_use_is_counted_and_the_version_comes_in_full(tmp_path: Pa
     assert same_files(run, cache, manifest)
 
 
+class WithheldChunk(OddSource):
+    """Answers everything but one chunk, however often that is asked for."""
+
+    withheld: tuple[Version, int] | None = None
+
+    def chunk(self, ask: AskChunk) -> tuple[bytes, bytes] | Later:  # type: ignore[override]
+        return Later(ask) if (ask.version, ask.offset) == self.withheld else super().chunk(ask)
+
+
 def test_a_pull_that_is_nearly_done_is_not_begun_again_for_a_delta(tmp_path: Path) -> None:
     run, cache = tmp_path / "run", tmp_path / "cache"
     run.mkdir()
     base, manifest = few_changed(run)
-    source = OddSource(run, chunk_bytes=5 * CHUNK)
-    with serving(source) as served, pulling(cache, served.address) as puller:
+    source = WithheldChunk(run, chunk_bytes=5 * CHUNK)
+    patient = Patience(retry_s=60, reconnect_s=60, max_reconnect_s=60, deadline_s=120)  # no chunk comes twice
+    with serving(source) as served, pulling(cache, served.address, patience=patient) as puller:
         puller.pull(base)
-        last = manifest.shards[0].num_bytes // (5 * CHUNK) * (5 * CHUNK)
-
-        def stop(ask: AskChunk, data: bytes, digest: bytes) -> tuple[bytes, bytes]:
-            if ask.version == manifest.version and ask.offset == last:
-                puller.stop()
-            return data, digest
-
-        source.change = stop
-        with pytest.raises(WeightsError, match="stopped"):
-            puller.pull(manifest)
-        source.change = lambda ask, data, digest: (data, digest)
-        assert write_delta(run, base, manifest) is not None
+        last = (manifest.shards[0].num_bytes - 1) // (5 * CHUNK) * (5 * CHUNK)
+        source.withheld = (manifest.version, last)
+        pull_a_part(puller, manifest, puller.counters.pulled_bytes + last)
+    source.withheld = None
+    info = write_delta(run, base, manifest)
+    assert info is not None
+    assert info.num_bytes > manifest.shards[0].num_bytes - last  # the delta is more than what is missing
     with serving(source) as served, pulling(cache, served.address) as puller:
         puller.pull(manifest)
         assert puller.counters.delta_hits == 0
-        assert puller.counters.resumed_bytes > manifest.shards[0].num_bytes // 2
+        assert puller.counters.resumed_bytes == last
     assert same_files(run, cache, manifest)
+
+
+def test_a_full_disk_is_an_error_that_the_learner_knows(tmp_path: Path) -> None:
+    """It goes on without a delta then, see ``Learner._write_delta``; nothing of one is left."""
+    base, manifest = few_changed(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="cannot be written"):
+            write_delta(tmp_path, base, manifest)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / version_folder(manifest.version)).glob("*delta*"))
 
 
 def test_deltas_of_versions_made_of_tensors_with_several_sizes(tmp_path: Path) -> None:

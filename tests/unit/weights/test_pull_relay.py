@@ -6,12 +6,14 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 from pull_world import (
     CHUNK,
     RUN,
     OddSource,
     Serving,
+    make_tensors,
     publish_version,
     pulling,
     relay_source,
@@ -19,10 +21,13 @@ from pull_world import (
     serving,
 )
 
-from cod_async.errors import InputError, WeightsError
+from cod_async.errors import InputError, WeightsError, WireError
+from cod_async.lifecycle.segment import Version
 from cod_async.weights.delta import write_delta
+from cod_async.weights.publish import publish
 from cod_async.weights.pull.folder_source import FolderSource
-from cod_async.weights.pull.protocol import AskChunk, num_chunks, sha256
+from cod_async.weights.pull.protocol import RETRYABLE, AskChunk, AskFiles, num_chunks, sha256
+from cod_async.weights.pull.server import Later
 
 
 def test_a_tree_of_relays_takes_every_chunk_from_the_origin_once(tmp_path: Path) -> None:
@@ -148,8 +153,6 @@ def test_refusals_pass_through_and_old_versions_go(tmp_path: Path) -> None:
 
 
 def test_a_relay_passes_deltas_on(tmp_path: Path) -> None:
-    from pull_world import make_tensors
-
     run, cache = tmp_path / "run", tmp_path / "cache"
     run.mkdir()
     tensors = make_tensors(0)
@@ -170,6 +173,41 @@ def test_a_relay_passes_deltas_on(tmp_path: Path) -> None:
             newcomer.pull(manifest)  # has no base: through the same relay, in full
     assert same_files(run, cache, manifest)
     assert same_files(run, tmp_path / "other", manifest)
+
+
+def test_what_is_left_of_another_run_stands_in_nobodys_way(tmp_path: Path) -> None:
+    """The relay's cache is from a server of run "s"; the version has the same number in this run."""
+    old, run = tmp_path / "old", tmp_path / "run"
+    for folder in (old, run):
+        folder.mkdir()
+    theirs = publish(old, "s", Version(0, 1), make_tensors(7), 3)
+    with (
+        serving(FolderSource(old, "s", CHUNK)) as origin,
+        serving(relay_source(tmp_path / "relay", origin.address)) as relay,
+        pulling(tmp_path / "cache", relay.address) as puller,
+    ):
+        puller.pull(theirs)
+    manifest = publish_version(run, 1)
+    with (
+        serving(FolderSource(run, RUN, CHUNK)) as origin,
+        serving(relay_source(tmp_path / "relay", origin.address)) as relay,
+        pulling(tmp_path / "cache2", relay.address) as puller,
+    ):
+        puller.pull(manifest)
+        with pytest.raises(WeightsError, match="wrong_run"):
+            puller.pull(msgspec.structs.replace(theirs, version=Version(0, 2), shards=()))
+    assert same_files(run, tmp_path / "cache2", manifest)
+
+
+def test_questions_above_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cod_async.weights.pull.relay._MAX_ASKED", 3)
+    relay = relay_source(tmp_path, lambda: None)
+    for step in (0, 1, 2, 1):
+        assert isinstance(relay.files(AskFiles(RUN, Version(0, step))), Later)
+    with pytest.raises(WireError, match="3 questions are open") as refused:
+        relay.files(AskFiles(RUN, Version(0, 3)))
+    assert refused.value.code in RETRYABLE
+    relay.close()
 
 
 def test_the_origin_dies_and_comes_back_elsewhere(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import zmq.auth
 from pull_world import CHUNK, LOOPBACK, RUN, OddSource, Serving, publish_version, pulling, same_files, serving
 
 from cod_async.commands.serving import ServingRequest, run_weights
-from cod_async.errors import InputError, WeightsError
+from cod_async.errors import InputError, WeightsError, WireError
 from cod_async.lifecycle.segment import Version
 from cod_async.weights.folders import MANIFEST_FILE, version_folder
 from cod_async.weights.manifest import Shard
@@ -324,3 +324,19 @@ def test_a_port_that_is_taken(tmp_path: Path, served: Serving, monkeypatch: pyte
 def test_flags_that_do_not_go_together(request_: ServingRequest) -> None:
     with pytest.raises(InputError):
         run_weights(request_)
+
+
+def test_a_version_that_is_pruned_between_two_looks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest was read, then the folder went: a no by name, not the end of the server."""
+    publish_version(tmp_path, 1)
+
+    def gone(folder: Path, pattern: str) -> Iterator[Path]:
+        raise FileNotFoundError(folder / pattern)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "glob", gone)
+        with pytest.raises(WireError) as refused:
+            FolderSource(tmp_path, RUN, CHUNK).files(AskFiles(RUN, V1))
+    assert refused.value.code == "no_version"

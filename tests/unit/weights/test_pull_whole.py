@@ -31,9 +31,9 @@ from cod_async.weights.manifest import Manifest, Shard
 from cod_async.weights.publish import SHARD_FILE, prune, published_versions, version_folder
 from cod_async.weights.pull.cache import PullCache
 from cod_async.weights.pull.client import Puller
-from cod_async.weights.pull.fetch import Patience
+from cod_async.weights.pull.fetch import Patience, Upstream
 from cod_async.weights.pull.folder_source import FolderSource
-from cod_async.weights.pull.protocol import AskChunk, num_chunks, sha256
+from cod_async.weights.pull.protocol import AskChunk, Request, num_chunks, sha256
 from cod_async.weights.source import PublishedWeights
 
 
@@ -52,6 +52,31 @@ def test_a_pulled_version_is_used_like_a_published_one(tmp_path: Path) -> None:
         assert counters["weights_pulled_versions"] == 1
         puller.pull(manifest)  # it is there: nothing is asked
         assert puller.counters.pulled_bytes == manifest.shards[0].num_bytes
+
+
+def test_requests_that_could_not_be_sent_do_not_count_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is down for a moment: what was due goes out with the next turn, not after retry_s."""
+    manifest = publish_version(tmp_path, 1)
+    patience = Patience(retry_s=60, reconnect_s=60, max_reconnect_s=60, deadline_s=4)
+    send = Upstream.send
+    refused: list[AskChunk] = []
+
+    def send_later(upstream: Upstream, request: Request) -> bool:
+        if isinstance(request, AskChunk) and len(refused) < 8:
+            refused.append(request)
+            return False
+        return send(upstream, request)
+
+    monkeypatch.setattr(Upstream, "send", send_later)
+    with (
+        serving(FolderSource(tmp_path, RUN, CHUNK)) as served,
+        pulling(tmp_path / "cache", served.address, patience=patience) as puller,
+    ):
+        puller.pull(manifest)
+    assert len(set(refused)) == 8
+    assert same_files(tmp_path, tmp_path / "cache", manifest)
 
 
 def test_old_versions_leave_the_cache(tmp_path: Path) -> None:
@@ -92,7 +117,8 @@ def test_damaged_chunks_are_asked_for_again(tmp_path: Path) -> None:
     source.change = spoil
     with serving(source) as served, pulling(cache, served.address) as puller:
         puller.pull(manifest)
-        assert puller.counters.bad_chunks == len(spoiled) >= 3
+        # At least once each: the server may hand the chunk that it read last out again as it has it.
+        assert puller.counters.bad_chunks >= len(spoiled) >= 3
     assert same_files(tmp_path, cache, manifest)
 
 
