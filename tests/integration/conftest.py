@@ -1,4 +1,4 @@
-"""What the integration tests share: one real SGLang server for all of them."""
+"""What the integration tests share: one real SGLang server, which ends with the last of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import sglang_world
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def sglang_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sglang_world.SGLangServer]:
     """Yield a server with a tiny random model; tests leave it with the weights that it started with."""
     sglang_world.require_environment()

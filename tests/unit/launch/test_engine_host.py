@@ -119,12 +119,16 @@ async def hosted(host: EngineHost, run_dir: Path, act: Callable[[ServerRecord], 
         acting.cancel()
 
 
-def the_server() -> int:
-    """Process id of the server that this process hosts."""
+def the_server(run_dir: Path) -> int:
+    """Process id of the run's server, which this process hosts."""
     lines = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
     )
-    (pid,) = [int(line.split()[0]) for line in lines.stdout.splitlines() if "sglang.launch_server" in line]
+    (pid,) = [
+        int(line.split()[0])
+        for line in lines.stdout.splitlines()
+        if "sglang.launch_server" in line and str(run_dir) in line
+    ]
     return pid
 
 
@@ -194,7 +198,7 @@ def test_a_killed_host_takes_everything_with_it_and_another_server_comes(
 def test_a_server_that_dies_is_lost_and_its_record_says_so(run_dir: Path) -> None:
     host = host_of(run_dir)
     with pytest.raises(EngineDownError, match="SIGKILL"):
-        asyncio.run(hosted(host, run_dir, lambda _: os.kill(the_server(), signal.SIGKILL)))
+        asyncio.run(hosted(host, run_dir, lambda _: os.kill(the_server(run_dir), signal.SIGKILL)))
     assert state_of(run_dir) == "down"
 
 
@@ -202,7 +206,7 @@ def test_a_server_that_hangs_is_taken_down(run_dir: Path) -> None:
     pids: list[int] = []
 
     def wedge(_: ServerRecord) -> None:
-        pids.append(the_server())
+        pids.append(the_server(run_dir))
         (run_dir / "engines" / "wedge").touch()
 
     host = host_of(
