@@ -181,6 +181,8 @@ class InTraining:
         if not versions:
             return
         version, before = max(versions), self._journal.newest
+        if before is None and min(versions).step == 0:
+            version = min(versions)  # the starting weights, however fast training was since
         no_longer = notice(
             self._journal, version, self._config.evaluation.every_steps, self._branch_steps(version)
         )

@@ -155,3 +155,16 @@ def test_another_suite_starts_other_curves(run_dir: Path, config: Config) -> Non
     (run_dir / "evaluation" / "in_training.json").write_bytes(msgspec.json.encode(before))
     beside = InTraining(run_dir, config, lambda line: None, lambda: 0.0)
     assert beside.is_idle and not (run_dir / "metrics.jsonl").exists()
+
+
+def test_the_starting_weights_come_first_however_fast_training_is(run_dir: Path, config: Config) -> None:
+    for step in (0, 1, 2):
+        folder = run_dir / f"weights/L0000-S{step:08d}"
+        folder.mkdir()
+        save_file({"w": torch.full((2,), float(step))}, folder / "model.safetensors")
+    beside = InTraining(run_dir, config, lambda line: None, lambda: 0.0)
+    try:
+        beside.poll()
+        assert journal_of(run_dir).running == Waiting(version=Version(0, 0), attempts=1)
+    finally:
+        beside.close()
