@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from cod_async.config.schema import Config, EngineConfig, ServerConfig
+from cod_async.loopback import is_loopback
 
 Problems = Iterator[str]
 
@@ -63,16 +64,6 @@ def find_python(python: str) -> str | None:
         return sys.executable
     found = shutil.which(os.path.expanduser(python))
     return None if found is None else os.path.abspath(found)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host, as in a URL (without brackets), is this machine itself."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _changed(section: msgspec.Struct, names: tuple[str, ...]) -> list[str]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from cod_async.config.check_engine import is_loopback
 from cod_async.config.schema import Config, WeightsConfig
+from cod_async.loopback import is_loopback
 
 _ADDRESS = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+\]|[^:\[\]/\s]+):(?P<port>[0-9]{1,5})")
 _NO_KEYS = "leaves this machine, which needs keys, and a run has none yet: only `cod weights` is given any"

@@ -25,7 +25,7 @@ from cod_async.errors import CheckpointError, InputError
 from cod_async.lifecycle.segment import Version
 from cod_async.models.directory import load_model, save_model
 from cod_async.models.qwen3 import Qwen3
-from cod_async.weights.digest import file_sha256
+from cod_async.weights.folders import file_sha256
 
 log = logging.getLogger(__name__)
 

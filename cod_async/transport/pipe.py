@@ -7,13 +7,13 @@ by hand.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from cod_async.errors import InputError
+from cod_async.loopback import is_loopback
 
 Delivery = Literal["sent", "full", "gone"]
 
@@ -66,12 +66,7 @@ def check_bind_address(bind: str) -> None:
         raise InputError(
             f"transport.bind {bind!r} is not an address; write tcp://127.0.0.1:0 for a free port"
         )
-    host = match[1].strip("[]")
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if not is_loopback:
+    if not is_loopback(match[1].strip("[]")):
         raise InputError(
             f"transport.bind {bind!r} is reachable from other machines, which needs keys; "
             "bind to tcp://127.0.0.1:0"

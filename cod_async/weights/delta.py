@@ -37,7 +37,7 @@ from safetensors.numpy import save_file
 from cod_async.durable import fsync_path, write_atomic
 from cod_async.errors import WeightsError
 from cod_async.lifecycle.segment import Version
-from cod_async.weights.folders import version_folder
+from cod_async.weights.folders import file_sha256, version_folder
 from cod_async.weights.manifest import Manifest
 
 DELTA_FILE = "delta.data"
@@ -151,7 +151,7 @@ def write_delta(
             base_digest=base.digest,
             version=manifest.version,
             digest=manifest.digest,
-            sha256=_file_sha256(temporary),
+            sha256=file_sha256(temporary),
             num_bytes=temporary.stat().st_size,
             tensors=tensors,
         )
@@ -345,8 +345,3 @@ def _part(parts: Any, name: str) -> Bytes:
     if part.dtype != np.uint8 or part.ndim != 1:
         raise WeightsError(f"{name} is {part.dtype}{list(part.shape)} instead of bytes")
     return part
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Digests of files and of sets of named tensors: equal ones mean equal weights, whoever wrote the file.
+"""Digests of sets of named tensors: equal ones mean equal weights, whoever wrote the file.
 
 The digest of tensors runs over name, dtype, shape and raw little-endian bytes in name order, so it depends
 neither on the order of a state dict nor on how tensors are spread over shards.
@@ -9,11 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-
-_CHUNK_BYTES = 1 << 20
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -30,13 +27,4 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
         header = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         digest.update(json.dumps(header, separators=(",", ":")).encode() + b"\n")
         digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as lower-case hex, reading a megabyte at a time."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while chunk := handle.read(_CHUNK_BYTES):
-            digest.update(chunk)
     return digest.hexdigest()

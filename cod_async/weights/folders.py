@@ -7,6 +7,7 @@ and a cache of pulled versions are laid out alike.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from pathlib import Path
@@ -71,3 +72,9 @@ def prune(run_dir: Path, keep_versions: int) -> list[Version]:
     for version in doomed:
         remove_folder(run_dir / version_folder(version))
     return doomed
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as lower-case hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

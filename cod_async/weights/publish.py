@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from cod_async.durable import commit_folder, remove_folder
 from cod_async.errors import WeightsError
 from cod_async.lifecycle.segment import Version
-from cod_async.weights.digest import file_sha256, tensors_digest
+from cod_async.weights.digest import tensors_digest
 from cod_async.weights.folders import (
     MANIFEST_FILE,
     WEIGHTS_FOLDER,
+    file_sha256,
     prune,
     published_versions,
     read_manifest,

@@ -5,7 +5,6 @@ is loaded only where weights are read.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from cod_async.engines.sglang.protocol import ServerInfo
 from cod_async.engines.sglang.records import ServerRecord
 from cod_async.errors import EngineDownError, EngineError, EngineMismatchError, InputError, WeightsError
 from cod_async.lifecycle.segment import Version
+from cod_async.weights.folders import file_sha256
 from cod_async.weights.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def starting_weights(model_dir: Path, run: str) -> PublishedWeights:
 
 def _tokenizer_digest(model_dir: Path) -> str:
     try:
-        return hashlib.sha256((model_dir / TOKENIZER_FILE).read_bytes()).hexdigest()
+        return file_sha256(model_dir / TOKENIZER_FILE)
     except OSError:
         return ""
 

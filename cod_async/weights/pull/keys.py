@@ -7,7 +7,6 @@ server's public key. A connection without a known key gets no answer at all.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import stat
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import zmq
 import zmq.auth
 
 from cod_async.errors import InputError
+from cod_async.loopback import is_loopback
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,7 @@ def check_address(address: str, what: str, *, has_keys: bool) -> None:
     match = re.fullmatch(r"tcp://(\[[0-9a-fA-F:.]+\]|[^:\[\]/\s]+):([0-9]{1,5}|\*)", address)
     if match is None or (match[2] != "*" and int(match[2]) > 65535):
         raise InputError(f"{what}: {address!r} is not an address; write tcp://host:port")
-    host = match[1].strip("[]")
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if not is_loopback and not has_keys:
+    if not is_loopback(match[1].strip("[]")) and not has_keys:
         raise InputError(
             f"{what}: {address!r} leaves this machine, which needs keys; use tcp://127.0.0.1, or give keys"
         )

@@ -9,7 +9,8 @@ import pytest
 
 from cod_async.config import Config, load_config
 from cod_async.config.check import check
-from cod_async.config.check_engine import find_python, is_loopback
+from cod_async.config.check_engine import find_python
+from cod_async.loopback import is_loopback
 
 BASE = ['environments=[{name="hidden_buttons", preset="door"}]']
 STARTED = ['engine.kind="sglang"']

@@ -105,6 +105,13 @@ def test_restoring_rubbish_starts_anew() -> None:
     assert restore({"lag": 60}, CONFIG, 6).lag == 6
 
 
+WATCHED = {
+    "learner": {"groups_per_step": 1},
+    "staleness": {"max_lag": 8},
+    "autopilot": {"is_enabled": True, "window_steps": 2},
+}
+
+
 def finish(world: World, learner: Learner, actor: Actor, numbers: dict[str, float]) -> None:
     actor.ask(64)
     actor.play_all()
@@ -116,11 +123,7 @@ def finish(world: World, learner: Learner, actor: Actor, numbers: dict[str, floa
 
 
 def test_it_brakes_admission_and_survives_a_crash(make_world: Any) -> None:
-    world = make_world(
-        learner={"groups_per_step": 1},
-        staleness={"max_lag": 8},
-        autopilot={"is_enabled": True, "window_steps": 2},
-    )
+    world = make_world(**WATCHED)
     learner, actor = Learner(world), Actor(world)
     finish(world, learner, actor, metrics(0.9))
     ahead = world.brain._core.limits.plan_ahead_steps
@@ -138,11 +141,7 @@ def test_it_brakes_admission_and_survives_a_crash(make_world: Any) -> None:
 
 
 def test_a_rollback_takes_its_decisions_back(make_world: Any) -> None:
-    world = make_world(
-        learner={"groups_per_step": 1},
-        staleness={"max_lag": 8},
-        autopilot={"is_enabled": True, "window_steps": 2},
-    )
+    world = make_world(**WATCHED)
     learner, actor = Learner(world), Actor(world)
     finish(world, learner, actor, metrics(0.9))
     saved = learner.checkpoint()
@@ -159,11 +158,7 @@ def test_it_is_off_by_default() -> None:
 
 
 def test_a_step_that_only_a_checkpoint_proves_does_not_forget_it(make_world: Any) -> None:
-    world = make_world(
-        learner={"groups_per_step": 1},
-        staleness={"max_lag": 8},
-        autopilot={"is_enabled": True, "window_steps": 2},
-    )
+    world = make_world(**WATCHED)
     learner, actor = Learner(world), Actor(world)
     for _ in range(2):
         finish(world, learner, actor, metrics(0.1))

@@ -11,7 +11,7 @@ import pytest
 from coordinator_world import Actor, Learner, World, make_config
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training import DeterministicActor, DeterministicLearner
+from test_training import DeterministicActor, DeterministicLearner, train
 
 from cod_async.config.schema import ReplayConfig
 from cod_async.coordinator.replay import Used, choose_replays, priority
@@ -52,15 +52,6 @@ def test_neither_the_bound_nor_the_limit_is_passed(
     chosen = choose_replays(used, CONFIG, 0, step, max_lag)
     assert len(chosen) <= 2 and list(chosen) == sorted(set(chosen))
     assert all(step - used[g].birth <= max_lag and used[g].num_uses < 3 for g in chosen)
-
-
-def train(world: World, learner: Learner, actor: Actor, num_steps: int) -> None:
-    for _ in range(num_steps):
-        actor.ask(64)
-        actor.play_all()
-        learner.request_step()
-        assert learner.batch is not None
-        learner.take_step()
 
 
 def test_a_segment_is_trained_once_and_used_at_most_k_times(make_world: Any) -> None:

@@ -33,8 +33,7 @@ from cod_async.weights.delta import (
     decode_info,
     write_delta,
 )
-from cod_async.weights.digest import file_sha256
-from cod_async.weights.folders import version_folder
+from cod_async.weights.folders import file_sha256, version_folder
 from cod_async.weights.manifest import Manifest
 from cod_async.weights.publish import publish
 from cod_async.weights.pull.fetch import Patience

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import ipaddress
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 import torch
 from torch.multiprocessing import reductions
 
+from cod_async import loopback
 from cod_async.engines.sglang.pushes.base import buckets, making_label
 from cod_async.errors import EngineError, EngineMismatchError
 from cod_async.weights.source import PublishedWeights
@@ -89,11 +89,7 @@ class IpcPush:
 
 def is_loopback(url: str) -> bool:
     """Whether a url names this host by a loopback address."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return loopback.is_loopback(urlsplit(url).hostname or "")
 
 
 def serialized_handles(tensors: Sequence[tuple[str, torch.Tensor]]) -> str:
