@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cod_async.config.check_engine import engine_problems
+from cod_async.config.check_learner import learner_problems
 from cod_async.config.check_loss import loss_problems
 from cod_async.config.check_model import model_problems
 from cod_async.config.check_staleness import staleness_problems
@@ -58,7 +59,7 @@ def check(config: Config, *, for_train: bool = True, needs_weights: bool | None 
     model = partial(model_problems, needs_weights=for_train if needs_weights is None else needs_weights)
     rules: list[Callable[[Config], Problems]] = [
         _environments, _lifecycle, model, _bootstrap, partial(engine_problems, for_train=for_train),
-        _transport, _staleness, staleness_problems, _groups, _credit_assignment, loss_problems, _learner,
+        _transport, _staleness, staleness_problems, _groups, _credit_assignment, loss_problems, learner_problems,
         weights_problems, _early_stop,
     ]  # fmt: skip
     if for_train:
@@ -344,18 +345,6 @@ def _credit_assignment(config: Config) -> Problems:
             yield f'credit_assignment.{name}: missing; style "{style}" needs it'
     if credit.parity and credit.red == "off":
         yield 'credit_assignment.parity: only red = "bisection" reads it, found red = "off"; remove it'
-
-
-def _learner(config: Config) -> Problems:
-    learner = config.learner
-    if learner.tokens_per_micro_batch < config.model.max_context_tokens:
-        yield (
-            f"learner.tokens_per_micro_batch: {learner.tokens_per_micro_batch} cannot hold one row of "
-            f"model.max_context_tokens = {config.model.max_context_tokens}; raise it"
-        )
-    for index, beta in enumerate(learner.betas):
-        if beta >= 1:
-            yield f"learner.betas.{index}: {beta:g} never forgets; use a value under 1"
 
 
 def _early_stop(config: Config) -> Problems:

@@ -17,6 +17,8 @@ from cod_async.config.fields import NonNegative as NonNegative
 from cod_async.config.fields import Positive as Positive
 from cod_async.config.fields import PositiveFloat as PositiveFloat
 from cod_async.config.fields import Seconds as Seconds
+from cod_async.config.learner import LearnerConfig as LearnerConfig
+from cod_async.config.learner import LoraConfig as LoraConfig
 from cod_async.config.loss import LossConfig as LossConfig
 
 PackStrategy = Literal["cod", "ralph_sample", "ralph_full"]
@@ -416,34 +418,6 @@ class AutopilotConfig(_Section, frozen=True, kw_only=True):
     ``learner/masked_negative_frac``); let out more lag only at half of it."""
     retry_steps: Positive = 100
     """A lag that had to be braked is tried again after so many steps."""
-
-
-class LearnerConfig(_Section, frozen=True, kw_only=True):
-    """The optimiser step."""
-
-    groups_per_step: Positive = 16
-    """Closed groups per optimiser step."""
-    minibatches_per_step: Positive = 1
-    """Cut each step's plan into this many parts, by lifecycles and with about equal action tokens, and take
-    one optimiser step on each; they make one policy version together."""
-    tokens_per_micro_batch: Positive = 16384
-    """Token budget of a micro-batch, padding included."""
-    lr: PositiveFloat = 1e-6
-    """Learning rate after warm-up, constant."""
-    warmup_steps: Count = 0
-    """Linear warm-up."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW betas."""
-    weight_decay: NonNegative = 0.01
-    """AdamW weight decay."""
-    grad_clip: PositiveFloat = 1.0
-    """Ceiling of the gradient norm."""
-    num_threads: Positive = 1
-    """OpenMP threads of the learner process."""
-    checkpoint_every_steps: Positive = 20
-    """Optimiser steps between durable checkpoints; the last step is always saved."""
-    keep_checkpoints: Positive = 3
-    """Older ones are deleted, the newest and the first are kept."""
 
 
 class WeightsConfig(_Section, frozen=True, kw_only=True):
