@@ -59,8 +59,8 @@ def check(config: Config, *, for_train: bool = True, needs_weights: bool | None 
     model = partial(model_problems, needs_weights=for_train if needs_weights is None else needs_weights)
     rules: list[Callable[[Config], Problems]] = [
         _environments, _lifecycle, model, _bootstrap, partial(engine_problems, for_train=for_train),
-        _transport, _staleness, staleness_problems, _groups, _credit_assignment, loss_problems, learner_problems,
-        weights_problems, _early_stop,
+        _transport, _staleness, staleness_problems, _groups, _credit_assignment, loss_problems,
+        learner_problems, weights_problems, _early_stop,
     ]  # fmt: skip
     if for_train:
         rules += [_train_only, _evaluation, _port, _output_dir]

@@ -22,8 +22,8 @@ def learner_problems(config: Config) -> Iterator[str]:
     yield from _sequences(config)
     if learner.has_optimizer_offload and learner.device == "cpu":
         yield (
-            'learner.has_optimizer_offload: true has no meaning with learner.device = "cpu", where everything '
-            "is in host memory; remove it"
+            'learner.has_optimizer_offload: true has no meaning with learner.device = "cpu", where '
+            "everything is in host memory; remove it"
         )
 
 
@@ -52,6 +52,6 @@ def _sequences(config: Config) -> Iterator[str]:
         return
     if learner.layout == "rectangles":
         yield (
-            f"learner.sequence_parallel: {learner.sequence_parallel} ranks share rows that lie end to end, but "
-            'learner.layout is "rectangles"; use "auto" or "packed"'
+            f"learner.sequence_parallel: {learner.sequence_parallel} ranks share rows that lie end to end, "
+            'but learner.layout is "rectangles"; use "auto" or "packed"'
         )

@@ -39,11 +39,6 @@ def _late_and_overdue(config: Config) -> Iterator[str]:
             f"groups.overdue_factor: {groups.overdue_factor:g} gives up lifecycles of usual length; use at "
             "least 1, or 0"
         )
-    if groups.overdue_factor > 0 and config.staleness.on_bound == "expire":
-        yield (
-            f"groups.overdue_factor: {groups.overdue_factor:g} has no effect with staleness.on_bound = "
-            '"expire", which waits for nobody; set it to 0'
-        )
 
 
 def _replay(config: Config) -> Iterator[str]:

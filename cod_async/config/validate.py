@@ -30,6 +30,9 @@ MAX_DEPTH = 16
 def _struct_type(kind: type[msgspec.Struct]) -> inspect.StructType:
     return cast(inspect.StructType, inspect.type_info(kind))
 
+_MAX_LISTED_KEYS = 12
+"""A message that lists more helps nobody."""
+
 
 def config_type() -> inspect.StructType:
     """Return the type information of :class:`Config`."""
@@ -146,6 +149,8 @@ def _suggestion(key: str, struct: inspect.StructType, path: str) -> str:
     elsewhere = paths.get(key) if struct.cls in sections else None
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere[:3])}?"
+    if len(known) > _MAX_LISTED_KEYS:
+        return f"docs/configuration.md lists the {len(known)} keys that are known here"
     return f"known keys here are {', '.join(known)}"
 
 

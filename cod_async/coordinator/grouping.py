@@ -182,7 +182,8 @@ class Grouping:
         credited = [row for row in rows if leases[row.key.member].reason != "late_group"]
         result = credit_group(_members(credited), pack_size, self._settings)
         credits = {(c.member, c.kind, c.position): c for c in result.episodes}
-        is_compared = self._core.config.lifecycle.group_size > 1
+        config = self._core.config  # a teacher needs no equals to compare with
+        is_compared = config.lifecycle.group_size > 1 and not config.loss.is_distilled
         num_ready = 0
         dropped: dict[str, list[SegmentKey]] = {}
         for row in rows:

@@ -209,6 +209,7 @@ class Intake:
             group_size=lifecycle.group_size,
             max_context_tokens=core.config.model.max_context_tokens,
             is_transcript=lifecycle.carry == "transcript",
+            is_distilled=core.config.loss.is_distilled,
         )
         world = (segment.environment, segment.preset, segment.pack_seed)
         if world != (group.environment, group.preset, group.pack_seed):

@@ -42,6 +42,7 @@ MAX_TAKEOVERS = 100
 MAX_LEASES_PER_REQUEST = 1024
 PACE_AGE_S = 0.25
 """A forecast of everything that is under way serves the requests of this long."""
+_WAITS_FOR_RUNNING = ("older_groups_open", "outside_window", "too_few_closed")
 OVERDUE_INTERVAL_S = 0.25
 """While the learner waits, lifecycles that take too long are looked for this often."""
 MAX_HELD_PER_HEARTBEAT = 4096
@@ -169,9 +170,9 @@ class Leasing:
         self._give_up_overdue(now)
 
     def _give_up_overdue(self, now: float) -> None:
-        """While the learner waits for older groups, give up what takes far longer than it ever does."""
+        """While the learner waits for running groups, give up what takes far longer than it ever does."""
         factor = self._core.config.groups.overdue_factor
-        if factor <= 0 or self._core.waits_for != "older_groups_open":
+        if factor <= 0 or self._core.waits_for not in _WAITS_FOR_RUNNING:
             return
         if now - self._looked_at < OVERDUE_INTERVAL_S:
             return

@@ -196,12 +196,13 @@ def may_start(new: Running, others: Sequence[Running], step: int, step_s: float,
             num_steps = min(num_steps, int(until_s / step_s) + 1)
         return step + num_steps - of.birth
 
-    if lag(new, others) > limits.max_lag:
+    bound = limits.admission_lag
+    if lag(new, others) > bound:
         return False
     for index, other in enumerate(others):
         if other.closing is not None and other.closing.late_s >= new.closing.soon_s:
             rest = [*others[:index], *others[index + 1 :]]
-            if lag(other, rest) <= limits.max_lag < lag(other, [*rest, new]):
+            if lag(other, rest) <= bound < lag(other, [*rest, new]):
                 return False
     return True
 

@@ -270,6 +270,7 @@ class Selection:
 
 
 def _train_item(segment: Segment, *, advantage: float, lag_steps: float, is_context: bool) -> TrainItem:
+    is_taught = any(row.teacher_logprobs is not msgspec.UNSET for row in segment.rows)
     return TrainItem(
         key=segment.key,
         kind=segment.kind,
@@ -278,6 +279,7 @@ def _train_item(segment: Segment, *, advantage: float, lag_steps: float, is_cont
         advantage=advantage,
         lag_steps=lag_steps,
         is_context=is_context,
+        environment=f"{segment.environment}.{segment.preset}" if is_taught else msgspec.UNSET,
     )
 
 

@@ -32,8 +32,8 @@ class SequenceShard:
         mode: how attention crosses ranks.
         num_tokens: tokens of the whole micro-batch, with padding to a multiple of what the mode needs.
         places: int64 [T], which of the micro-batch's tokens this rank has, in the order it has them. Rank r
-            of n has the r-th contiguous n-th with ``ulysses``; with ``ring`` the r-th and the (2n-1-r)-th of 2n
-            parts.
+            of n has the r-th contiguous n-th with ``ulysses``; with ``ring`` the r-th and the (2n-1-r)-th of
+            2n parts.
     """
 
     group: Any

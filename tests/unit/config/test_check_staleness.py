@@ -17,11 +17,6 @@ REPLAY = {"max_uses": 2, "groups_per_step": 1}
         ({"staleness": {"max_version_spread": 3}}, "staleness.max_version_spread", "remove it"),
         ({"groups": {"late": "drop"}}, "groups.late", "remove it"),
         ({"groups": {"overdue_factor": 0.5}}, "groups.overdue_factor", "at least 1"),
-        (
-            {"groups": {"overdue_factor": 3.0}, "staleness": {"on_bound": "expire"}},
-            "groups.overdue_factor",
-            "set it to 0",
-        ),
         ({"replay": {"max_uses": 2}}, "replay.max_uses", "set both"),
         ({"replay": {"groups_per_step": 2}}, "replay.max_uses", "set both"),
         ({"replay": REPLAY, "staleness": {"max_lag": 0}}, "replay.max_uses", "raise max_lag"),
