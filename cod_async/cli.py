@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cod_async.errors import CodError, InputError, StoreError
+from cod_async.errors import CodError, InputError, NumericsError, StoreError
 
 app = typer.Typer(
     name="cod",
@@ -327,6 +327,40 @@ def plot(run: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def replay(
+    run: RunFolder,
+    step: Annotated[int | None, typer.Option(help="Number of the step; steps count from 0.")] = None,
+    lineage: Annotated[
+        int | None, typer.Option(help="Lineage of a step that was rolled back; default the surviving one.")
+    ] = None,
+    failed: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A batch of RUN/failed_steps, instead of a step.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu or cuda; default as the run says.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the step's per-token records (safetensors).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute a recorded step again and compare loss, gradients and every metric, bit for bit."""
+    from cod_async.commands.replaying import run_replay
+
+    with _database_as_input():
+        code = run_replay(
+            _run_folder(run),
+            step=step,
+            lineage=lineage,
+            failed=failed,
+            device=device,
+            out=out,
+            is_json=as_json,
+        )
+    raise typer.Exit(code)
+
+
+@app.command()
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Hugging Face model directory to make.")],
@@ -406,11 +440,27 @@ def weights(
 
 
 @app.command()
-def learner(run: RunFolder) -> None:
+def learner(
+    run: RunFolder,
+    rank: Annotated[
+        int | None, typer.Option(help="Be this one of several ranks; default: start all of them.")
+    ] = None,
+) -> None:
     """Run the learner of a run (the launcher does this)."""
+    from cod_async.launch.ranks import has_ranks, run_ranks
+    from cod_async.launch.supervisor import ENDED_RUN_CODE
+
+    folder = _run_folder(run)
+    if rank is None and has_ranks(folder):
+        raise typer.Exit(run_ranks(folder))
     from cod_async.learner.loop import run_learner
 
-    raise typer.Exit(run_learner(_run_folder(run)))
+    try:
+        code = run_learner(folder, rank or 0)
+    except NumericsError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        code = ENDED_RUN_CODE
+    raise typer.Exit(code)
 
 
 def _run_folder(run: Path) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from cod_async.actor.teaching import Teachers
 from cod_async.actor.worker import ActorWorker
 from cod_async.config.schema import (
     ActorsConfig,
@@ -305,7 +306,9 @@ def _total(counters: dict[str, float], prefix: str) -> float:
 class World:
     """One worker against one coordinator; use it inside :func:`playing`."""
 
-    def __init__(self, folder: Path, config: Config, engine: EmbeddedEngine) -> None:
+    def __init__(
+        self, folder: Path, config: Config, engine: EmbeddedEngine, teachers: Teachers | None = None
+    ) -> None:
         self.folder, self.config, self.engine = folder, config, engine
         self.coordinator = Coordinator(config)
         self.coordinator.start()
@@ -316,6 +319,7 @@ class World:
             engine,
             load_renderer(folder, "terse"),
             lambda: self.coordinator.address,
+            teachers=teachers,
         )
         self.task = asyncio.create_task(self.worker.run())
 
@@ -353,7 +357,10 @@ class World:
 
 @contextlib.asynccontextmanager
 async def playing(
-    folder: Path, environment: EnvironmentConfig = DOOR, **sections: dict[str, Any]
+    folder: Path,
+    environment: EnvironmentConfig = DOOR,
+    teachers: Teachers | None = None,
+    **sections: dict[str, Any],
 ) -> AsyncIterator[World]:
     """Run a worker; at the end it is stopped if it still runs, and its counters are checked."""
     config = make_config(environment, **sections)
@@ -361,7 +368,7 @@ async def playing(
     engine = EmbeddedEngine(
         model, config.engine, max_context_tokens=CONTEXT, version=Version(0, 0), run_dir=folder
     )
-    world = World(folder, config, engine)
+    world = World(folder, config, engine, teachers)
     try:
         yield world
         if not world.task.done():

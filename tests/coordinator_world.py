@@ -98,6 +98,7 @@ def make_segment(
     reward: float = 1.0,
     stride: int = 1,
     is_transcript: bool = False,
+    is_distilled: bool = False,
 ) -> Segment:
     """The next episode of a lifecycle, all of it sampled under one version."""
     ordinal = state.next_ordinal
@@ -117,6 +118,7 @@ def make_segment(
         behavior_logprobs=Array.of([-0.5] * num_action_tokens, "<f4"),
         versions=(VersionSpan(version, num_action_tokens),),
         parent=parent,
+        teacher_logprobs=Array.of([-0.75] * num_action_tokens, "<f4") if is_distilled else msgspec.UNSET,
     )
     if is_transcript:
         transcript = Transcript(mark=mark_after(row))
@@ -351,6 +353,7 @@ class Actor:
             reward=float(self.rng.randrange(2)) if reward is None else reward,
             stride=1 if self.world.config.lifecycle.has_updates else 2,
             is_transcript=self.world.config.lifecycle.carry == "transcript",
+            is_distilled=self.world.config.loss.is_distilled,
         )
         self.counters["sealed_segments"] += 1
         self.counters["sampled_tokens"] += num_tokens

@@ -26,13 +26,14 @@ from fake_sglang_rules import (
     SCHEDULER_PATHS,
     Faults,
     NextToken,
+    PromptScores,
     Request,
     checksums_of_folder,
     digest_of_folder,
     expected_tokens,
     logprob_of,
     next_token,
-)
+)  # fmt: skip
 
 __all__ = ["EOS", "FakeServer", "Faults", "Request", "expected_tokens", "logprob_of", "next_token"]
 
@@ -65,6 +66,7 @@ class FakeServer:
         architecture: str = "Qwen3ForCausalLM",
         model_dir: Path | None = None,
         checksums: Callable[[Path], dict[str, str]] = checksums_of_folder,
+        scores: PromptScores = lambda row: [logprob_of(token, "prompt") for token in row[1:]],
     ) -> None:
         self.release, self.api_key, self.admin_key = release, api_key, admin_key
         self.vocab_size, self.context_tokens, self.token_s = vocab_size, context_tokens, token_s
@@ -72,7 +74,7 @@ class FakeServer:
         self.model_dir = model_dir or Path("/models/tiny")
         self.weights = digest_of_folder(model_dir) if model_dir else "default"
         self.label = self.scheduler_label = "default"
-        self.checksums = checksums
+        self.checksums, self.scores = checksums, scores
         self.faults = Faults()
         self.requests: list[tuple[str, Any]] = []
         self.num_connections = 0
@@ -251,8 +253,9 @@ class FakeServer:
             self.is_dead = True  # so does the real one: the embedding lookup takes the scheduler down
             self._cut(request)
         item = Request(
-            body["rid"], list(body["input_ids"]), body["sampling_params"], body.get("extra_key") or ""
-        )
+            body["rid"], list(body["input_ids"]), body["sampling_params"], body.get("extra_key") or "",
+            body.get("logprob_start_len", -1),
+        )  # fmt: skip
         task = asyncio.create_task(self._run(item))
         try:
             return await (self._stream(request, item) if is_stream else self._answer(request, item))
@@ -294,6 +297,8 @@ class FakeServer:
             item.finish = {
                 "type": "abort", "message": message, "status_code": 400, "err_type": "BadRequestError"
             }  # fmt: skip
+        elif item.params.get("max_new_tokens") == 0:  # only its prompt is wanted
+            item.finish = {"type": "length", "length": 0}
         item.cached_tokens = self._match(item)
         try:
             if self.faults.abort_status is not None:
@@ -351,14 +356,13 @@ class FakeServer:
 
     def _body(self, item: Request, num_tokens: int) -> dict[str, Any]:
         is_final = item.finish is not None and num_tokens == len(item.output)
-        triples = [[lp, token, None] for lp, token in zip(item.logprobs, item.output, strict=True)][
-            :num_tokens
-        ]
+        of_prompt = item.prompt_triples(self.scores, self.vocab_size)
+        triples = [[lp, token, None] for lp, token in zip(item.logprobs, item.output, strict=True)]
         meta: dict[str, Any] = {
             "id": item.rid, "finish_reason": item.finish if is_final else None,
             "prompt_tokens": len(item.prompt), "weight_version": self.label,
-            "num_retractions": item.num_retractions, "input_token_logprobs": [],
-            "output_token_logprobs": triples, "output_token_logprobs_length": num_tokens,
+            "num_retractions": item.num_retractions, "input_token_logprobs": of_prompt,
+            "output_token_logprobs": triples[:num_tokens], "output_token_logprobs_length": num_tokens,
             "completion_tokens": num_tokens, "cached_tokens": item.cached_tokens,
         }  # fmt: skip
         if is_final and self._number >= (0, 5, 19):

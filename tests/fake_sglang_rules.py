@@ -48,6 +48,10 @@ def logprob_of(token: int, weights: str) -> float:
     return -0.01 - (zlib.crc32(f"{token}|{weights}".encode()) % 4990) / 1000
 
 
+PromptScores = Callable[[Sequence[int]], Sequence[float]]
+"""Log-prob of each token of a row but the first, given those before it."""
+
+
 def expected_tokens(
     prompt: Sequence[int], num_tokens: int, weights: str = "default", *, vocab_size: int = 320
 ) -> list[int]:
@@ -121,6 +125,7 @@ class Request:
     prompt: list[int]
     params: dict[str, Any]
     extra_key: str
+    logprob_start: int = -1
     cached_tokens: int = 0
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -130,3 +135,13 @@ class Request:
     is_aborting: bool = False
     finish: dict[str, Any] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def prompt_triples(self, scores: PromptScores, vocab_size: int) -> list[list[Any]]:
+        """The log-probs of the prompt from ``logprob_start`` on, in the real server's shape: the first one is
+        none, and the last id of the vocabulary is called 0, as padding is. Nothing without a start.
+        """
+        if self.logprob_start < 0:
+            return []
+        found = [None, *list(scores(self.prompt))[self.logprob_start :]]
+        ids = self.prompt[self.logprob_start :]
+        return [[lp, i if i < vocab_size - 1 else 0, None] for lp, i in zip(found, ids, strict=True)]

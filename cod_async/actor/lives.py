@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Protocol
 
 from cod_async.actor.meter import Meter, MeteredEngine
+from cod_async.actor.teaching import Teachers
 from cod_async.config.schema import Config, LifecycleConfig
 from cod_async.engines.base import Engine
 from cod_async.envs.base import Playable, TaskSpec
@@ -56,6 +58,7 @@ class Life:
         workers: where environments under limits are played.
         delivery: where sealed segments go.
         wait_for_version: returns once the engine is at the given version or newer.
+        teachers: score every episode before it is sealed; None in runs that distill nothing.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Life:
         workers: WorkerPool,
         delivery: Delivery,
         wait_for_version: Callable[[Version], Awaitable[None]],
+        teachers: Teachers | None = None,
     ) -> None:
         self.lease = lease
         self._config = config
@@ -79,6 +83,7 @@ class Life:
         self._workers = workers
         self._delivery = delivery
         self._wait_for_version = wait_for_version
+        self._teachers = teachers
         self._previous: asyncio.Future[str | None] | None = None
         self._latest: asyncio.Future[str | None] | None = None
         self._spec = LifecycleSpec(
@@ -140,10 +145,14 @@ class Life:
                 max_context_tokens=self._config.model.max_context_tokens,
                 before_episode=self._before_episode,
             )
-            async for segment in episodes:
-                self._engine.seal(segment)
-                state, has_progressed = continued(state, segment), True
-                self._previous, self._latest = self._latest, await self._delivery.deliver(segment)
+            async with aclosing(episodes):  # or its session would be closed while the next try is using it
+                async for played in episodes:
+                    segment = played
+                    if self._teachers is not None:
+                        segment = await self._teachers.scored(played, state)
+                    self._engine.seal(segment)
+                    state, has_progressed = continued(state, segment), True
+                    self._previous, self._latest = self._latest, await self._delivery.deliver(segment)
         except InfrastructureError as error:
             can_retry = can_retry or state is None or state.next_ordinal == 0
             raise _EpisodeFailed(state, has_progressed, can_retry) from error

@@ -21,6 +21,7 @@ from pathlib import Path
 from cod_async.actor.failures import Failures
 from cod_async.actor.lives import Life, LifeOver
 from cod_async.actor.meter import Meter
+from cod_async.actor.teaching import Teachers, open_teachers
 from cod_async.actor.weights_source import FolderWeights, WeightsSource, open_weights_source
 from cod_async.config.load import load_resolved
 from cod_async.config.schema import Config
@@ -75,6 +76,7 @@ class ActorWorker:
         renderer: the model's template family.
         addresses: where the coordinator is, see :mod:`cod_async.transport.address`.
         source: brings published files to this host; owned by the worker. None: they are there already.
+        teachers: score what is played; owned by the worker. None in runs that distill nothing.
 
     Make it inside a running asyncio loop.
     """
@@ -88,12 +90,14 @@ class ActorWorker:
         renderer: Renderer,
         addresses: Callable[[], str | None],
         source: WeightsSource | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         self._config = config
         self._run = run
         self._name = name
         self._engine = engine
         self._source = source or FolderWeights(Path())
+        self._teachers = teachers
         self._renderer = renderer
         self._client = AsyncClient(
             addresses,
@@ -144,6 +148,8 @@ class ActorWorker:
             await self._environments.aclose()
             await self._source.aclose()
             await self._engine.aclose()
+            if self._teachers is not None:
+                await self._teachers.aclose()
         if self._failure is not None:
             raise self._failure
         for end in ends:  # these tasks never return by themselves; whatever ended one has ended the actor
@@ -252,6 +258,7 @@ class ActorWorker:
                 workers=self._environments,
                 delivery=self,
                 wait_for_version=self._wait_for_version,
+                teachers=self._teachers,
             )
             await life.run()
         except LifeOver as over:
@@ -420,7 +427,8 @@ class ActorWorker:
 
     def _counters(self) -> dict[str, float]:
         around = self._meter.counters() | self._environments.counters() | self._source.counters()
-        return around | self._engine.extra_counters
+        taught = {} if self._teachers is None else self._teachers.counters()
+        return around | self._engine.extra_counters | taught
 
 
 async def _open_engine(config: Config, run_dir: Path, name: str, root: Path) -> Engine:
@@ -471,10 +479,11 @@ def run_actor(run_dir: Path, name: str) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
     async def work() -> int:
+        teachers = await open_teachers(config, run_dir / "model")
         source = open_weights_source(config, run_dir, name)
         engine = await _open_engine(config, run_dir, name, source.root)
         renderer = load_renderer(run_dir / "model", config.model.renderer)
         run, addresses = config.run.name, address_source(run_dir)
-        return await ActorWorker(config, run, name, engine, renderer, addresses, source).run()
+        return await ActorWorker(config, run, name, engine, renderer, addresses, source, teachers).run()
 
     return asyncio.run(work())

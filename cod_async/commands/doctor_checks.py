@@ -180,27 +180,36 @@ def endpoint(url: str) -> str:
 
 
 def model(config: Config, path: Path | None) -> str:
-    """The model directory loads; its tokenizer and its template family are usable."""
+    """The model is one that is trained here; its tokenizer and its template family are usable."""
     if path is None:
         raise CheckSkippedError("the bootstrap makes the model")
     from cod_async.lifecycle.rendering import load_renderer
-    from cod_async.models.directory import config_from_dir
+    from cod_async.models.shape import read_config
+    from cod_async.models.supported import text_values, unsupported
 
     renderer = load_renderer(path, config.model.renderer)
-    shape = config_from_dir(path)
+    raw = read_config(path)
+    obstacles = unsupported(raw)
+    if obstacles:
+        raise CheckFailedError(f"{path}: cannot be trained, {'; '.join(obstacles)}")
+    sizes = text_values(raw)
+    vocab_size = sizes.get("vocab_size")
+    if not isinstance(vocab_size, int):
+        raise CheckFailedError(f"{path}: config.json names no vocab_size")
     tokenizer = renderer.tokenizer
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise CheckFailedError(f"{path}: {tokenizer.vocab_size} tokenizer ids, {shape.vocab_size} embeddings")
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckFailedError(f"{path}: {tokenizer.vocab_size} tokenizer ids, {vocab_size} embeddings")
     num_stable = 0
     for text in PROBE_TEXTS:
         ids = tokenizer.encode(text)
-        if not all(0 <= token < shape.vocab_size for token in ids):
+        if not all(0 <= token < vocab_size for token in ids):
             raise CheckFailedError(f"{path}: {text!r} encodes to ids outside the vocabulary")
         num_stable += tokenizer.encode(tokenizer.decode(ids)) == ids
     opening = renderer.open("You are the system.", "The user speaks.")
     ends = ", ".join(map(str, sorted(renderer.stop_ids)))
     return (
-        f"{path}: {shape.num_hidden_layers} layers of {shape.hidden_size}, vocabulary {shape.vocab_size}, "
+        f"{path}: {raw.get('model_type')}, {sizes.get('num_hidden_layers')} layers of "
+        f"{sizes.get('hidden_size')}, vocabulary {vocab_size}, "
         f"family {renderer.family}, stop ids {ends}, a first prompt of {len(opening)} ids; "
         f"{num_stable} of {len(PROBE_TEXTS)} texts keep their ids when decoded and encoded again"
     )

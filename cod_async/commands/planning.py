@@ -13,10 +13,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from cod_async.commands.planning_learner import plan_gpus, plan_learner
 from cod_async.commands.turns import Estimate, estimate
 from cod_async.config import config_digest
 from cod_async.config.schema import Config
 from cod_async.errors import InputError
+from cod_async.launch.ranks import num_ranks
 from cod_async.models.shape import CONFIG_FILE, read_shape
 from cod_async.observe.summary import CURVES
 
@@ -43,12 +45,12 @@ def plan(config: Config) -> dict[str, Any]:
         "config_digest": config_digest(config),
         "processes": {
             "coordinator": 1,
-            "learner": 1,
+            "learner": num_ranks(config.learner),
             "actors": config.actors.num_processes,
             "engines": _num_started(config),
         },
         "threads": (config.actors.num_processes + _num_started(config)) * config.engine.num_threads
-        + config.learner.num_threads,
+        + num_ranks(config.learner) * config.learner.num_threads,
         "lifecycles_at_once": at_once,
         "environments": environments,
         "per_step": per_step,
@@ -72,6 +74,8 @@ def plan(config: Config) -> dict[str, Any]:
         if config.evaluation.is_enabled
         else 0,
         "model": _model(config),
+        "learner": _learner(config, per_step),
+        "gpus": plan_gpus(config),
         "engine": _engine(config),
     }
 
@@ -83,7 +87,8 @@ def _num_started(config: Config) -> int:
 
 
 def _engine(config: Config) -> dict[str, Any]:
-    """Return what generates, where, and how new weights get there; asks the interpreter of started servers.
+    """Return what generates, where, and how new weights get there; asks the interpreter of started servers,
+    unless the run is planned from a shape alone, on a machine where nothing can be started yet.
 
     Raises:
         InputError: that interpreter cannot start one.
@@ -102,7 +107,8 @@ def _engine(config: Config) -> dict[str, Any]:
     names = list(engine.urls) or [f"engine-{index}" for index in range(engine.server.num_servers)]
     num_actors = config.actors.num_processes
     answer["servers"] = {f"actor-{index}": names[index::num_actors] for index in range(num_actors)}
-    if engine.urls:
+    model = config.model
+    if engine.urls or (model.path and not (Path(model.path) / CONFIG_FILE).is_file()):
         return answer
     interpreter = inspect_engine(config)
     return answer | {
@@ -164,7 +170,7 @@ def _per_step(config: Config, environments: list[dict[str, Any]]) -> dict[str, i
 
 
 def _model(config: Config) -> dict[str, Any]:
-    """Return where the model comes from, and what its weights and AdamW's moments take."""
+    """Return where the model comes from and what it is."""
     model = config.model
     if not model.path:
         return {"source": f"bootstrap ({config.bootstrap.kind}), {config.bootstrap.num_steps} steps"}
@@ -178,7 +184,16 @@ def _model(config: Config) -> dict[str, Any]:
         "model_type": shape.model_type,
         "is_trainable": shape.is_trainable,
         "num_parameters": shape.num_parameters,
-        "weights_bytes": shape.weights_bytes,
-        "gradients_bytes": shape.weights_bytes,
-        "optimizer_bytes": shape.optimizer_bytes,
     }
+
+
+def _learner(config: Config, per_step: dict[str, int]) -> dict[str, Any]:
+    """Return what the learner needs; empty where no ``config.json`` says what the model is."""
+    model = config.model
+    if not model.path:
+        return {}
+    is_there = (Path(model.path) / CONFIG_FILE).is_file()
+    try:
+        return plan_learner(config, read_shape(Path(model.path if is_there else model.shape)), per_step)
+    except InputError:
+        return {}

@@ -24,7 +24,10 @@ RESUME_MAY_SET = (
     "engine.max_running", "engine.num_threads", "engine.urls", "engine.python", "engine.server",
     "engine.hold_timeout_s",
     "learner.num_threads", "learner.checkpoint_every_steps",
-    "learner.keep_checkpoints", "learner.tokens_per_micro_batch", "weights.keep_versions",
+    "learner.keep_checkpoints", "learner.keep_checkpoint_every_steps", "learner.has_async_checkpoints",
+    "learner.tokens_per_micro_batch", "learner.data_parallel", "learner.sequence_parallel",
+    "learner.sequence_mode", "learner.recompute", "learner.optimizer", "learner.has_optimizer_offload",
+    "learner.trace_every_steps", "learner.has_token_records", "weights.keep_versions",
 )  # fmt: skip
 """What ``--set`` may change on ``--resume``: how long and how much at once, never what is being learned."""
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cod_async.config.check_distillation import distillation_problems
 from cod_async.config.check_engine import engine_problems
 from cod_async.config.check_learner import learner_problems
 from cod_async.config.check_loss import loss_problems
@@ -56,11 +57,13 @@ def check(config: Config, *, for_train: bool = True, needs_weights: bool | None 
     Returns:
         One sentence per problem, in the order of the sections; empty if nothing is wrong.
     """
-    model = partial(model_problems, needs_weights=for_train if needs_weights is None else needs_weights)
+    needs_weights = for_train if needs_weights is None else needs_weights
+    model = partial(model_problems, needs_weights=needs_weights)
+    teachers = partial(distillation_problems, for_train=for_train, needs_weights=needs_weights)
     rules: list[Callable[[Config], Problems]] = [
         _environments, _lifecycle, model, _bootstrap, partial(engine_problems, for_train=for_train),
         _transport, _staleness, staleness_problems, _groups, _credit_assignment, loss_problems,
-        learner_problems, weights_problems, _early_stop,
+        teachers, learner_problems, weights_problems, _early_stop,
     ]  # fmt: skip
     if for_train:
         rules += [_train_only, _evaluation, _port, _output_dir]
@@ -180,7 +183,7 @@ def _lifecycle(config: Config) -> Problems:
             f"lifecycle.hint_min_tokens: {lifecycle.hint_min_tokens} has no effect without "
             "lifecycle.hint_length_full_tokens; set that too, or this to 0"
         )
-    if lifecycle.group_size < 2:
+    if lifecycle.group_size < 2 and not config.loss.is_distilled:  # a teacher needs no equals
         yield (
             f"lifecycle.group_size: {lifecycle.group_size} makes every group a singleton, whose advantages "
             "are all 0 "

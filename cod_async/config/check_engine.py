@@ -159,7 +159,7 @@ def _attached(config: Config, *, for_train: bool) -> Problems:
     hosts: list[str] = []
     seen: set[str] = set()
     for index, url in enumerate(engine.urls):
-        host = _host_of(url)
+        host = server_host(url)
         if host is None:
             yield f'engine.urls.{index}: not a server, found "{_shown(url)}"; write http://HOST:PORT'
             continue
@@ -184,7 +184,7 @@ def _attached(config: Config, *, for_train: bool) -> Problems:
             yield f'engine.server.{name}: the environment variable "{variable}" is not set; set it'
 
 
-def _host_of(url: str) -> str | None:
+def server_host(url: str) -> str | None:
     """Return the host of ``http(s)://HOST:PORT``, None for anything else."""
     try:
         parts = urlsplit(url)

@@ -18,6 +18,11 @@ def learner_problems(config: Config) -> Iterator[str]:
     for index, beta in enumerate(learner.betas):
         if beta >= 1:
             yield f"learner.betas.{index}: {beta:g} never forgets; use a value under 1"
+    if learner.on_nonfinite == "skip" and learner.minibatches_per_step > 1:
+        yield (
+            'learner.on_nonfinite: "skip" drops whole steps, but with learner.minibatches_per_step = '
+            f"{learner.minibatches_per_step} a part of one may have been applied; use \"stop\" or 1"
+        )
     yield from _rows(config)
     yield from _sequences(config)
     if learner.has_optimizer_offload and learner.device == "cpu":

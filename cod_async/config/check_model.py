@@ -6,18 +6,17 @@ weights; where both are there, they must agree. Loads no torch.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cod_async.config.schema import Config
 from cod_async.errors import InputError
-from cod_async.models.shape import TRAINABLE_TYPES, ModelShape, read_shape
+from cod_async.models.shape import DENSE_LINEARS, ModelShape, is_plain_qwen3, read_config, read_shape
+from cod_async.models.supported import is_recurrent, text_values, unsupported
 
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-_TRAINABLE = " and ".join(f'"{kind}"' for kind in TRAINABLE_TYPES)
 
 Problems = Iterator[str]
 
@@ -36,6 +35,7 @@ def model_problems(config: Config, *, needs_weights: bool) -> Problems:
                 f'model.shape: "{config.model.shape}" says what model.path must hold, but that is empty; '
                 "give both, or neither"
             )
+        yield from _adapters(config, DENSE_LINEARS)
         return
     folder = Path(config.model.path)
     shape: ModelShape | None = None
@@ -51,8 +51,6 @@ def model_problems(config: Config, *, needs_weights: bool) -> Problems:
         return
     if shape is not None and (folder / "config.json").is_file():
         yield from _shape_of(folder, shape)
-        if not needs_weights and not shape.is_trainable:
-            return  # it is planned, not trained
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         missing.append(WEIGHT_FILES[0])
@@ -81,8 +79,7 @@ def _absent_model(folder: Path, shape: ModelShape | None, config: Config, needs_
         )
     if shape is None:
         return
-    if needs_weights and not shape.is_trainable:
-        yield f'model.shape: model_type "{shape.model_type}"; this version trains {_TRAINABLE} models only'
+    yield from _architecture("model.shape", read_config(Path(config.model.shape)), config)
     if config.model.max_context_tokens > shape.max_position_embeddings:
         yield (
             f"model.max_context_tokens: {config.model.max_context_tokens} is beyond the model's "
@@ -105,20 +102,64 @@ def _shape_of(folder: Path, shape: ModelShape) -> Problems:
 
 def _model_config(path: Path, config: Config) -> Problems:
     try:
-        values: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        yield f"model.path: {path} cannot be read, {error}; give a complete Hugging Face model directory"
+        raw = read_config(path.parent)
+    except InputError as error:
+        yield from (f"model.path: {problem}" for problem in error.problems)
         return
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind not in TRAINABLE_TYPES:
-        yield f'model.path: {path} says model_type "{kind}"; this version trains {_TRAINABLE} models only'
-        return
-    longest = values.get("max_position_embeddings")
+    yield from _architecture("model.path", raw, config)
+    longest = text_values(raw).get("max_position_embeddings")
     if isinstance(longest, int) and config.model.max_context_tokens > longest:
         yield (
             f"model.max_context_tokens: {config.model.max_context_tokens} is beyond the model's "
             f"max_position_embeddings = {longest}; lower it"
         )
+
+
+def _architecture(field: str, raw: Mapping[str, Any], config: Config) -> Problems:
+    """List what this version cannot do with a kind of model, and which settings do not go with it."""
+    model_type, learner = raw.get("model_type"), config.learner
+    if not isinstance(model_type, str):
+        yield f"{field}: model_type is {model_type!r}; give a complete Hugging Face model directory"
+        return
+    obstacles = unsupported(raw)
+    yield from (f'{field}: model_type "{model_type}" cannot be trained, {problem}' for problem in obstacles)
+    if obstacles:
+        return
+    if is_recurrent(raw):
+        why = f'model_type "{model_type}" has recurrent layers, which take rows side by side only'
+        if learner.has_prefix_tree:
+            yield f"learner.has_prefix_tree: true, but {why}; set it to false"
+        if learner.sequence_parallel > 1:
+            yield f"learner.sequence_parallel: {learner.sequence_parallel}, but {why}; set it to 1"
+        if learner.layout == "packed":
+            yield f'learner.layout: "packed", but {why}; use "auto" or "rectangles"'
+    if not is_plain_qwen3(raw):
+        found = f'model_type "{model_type}"' if model_type != "qwen3" else "this variant of qwen3"
+        if config.engine.kind == "embedded":
+            yield (f'engine.kind: "embedded" computes plain qwen3 models only, not {found}; use "sglang"')
+        if config.evaluation.is_enabled or config.evaluation.every_steps:
+            yield (
+                f"evaluation: plays with the embedded engine, which computes plain qwen3 models only, "
+                f"not {found}; set evaluation.is_enabled = false and evaluation.every_steps = 0"
+            )
+    try:
+        layers = ModelShape.of(raw).linear_layers
+    except InputError:
+        return  # a family that is not counted: loading knows its layers
+    yield from _adapters(config, layers)
+
+
+def _adapters(config: Config, layers: tuple[str, ...]) -> Problems:
+    """List the targets of adapters that a model does not have."""
+    lora = config.learner.lora
+    if not lora.rank:
+        return
+    if not lora.targets:
+        yield "learner.lora.targets: empty; name the linear layers that get an adapter"
+    for target in lora.targets:
+        if target not in layers:
+            known = ", ".join(layers)
+            yield f'learner.lora.targets: "{target}" is no linear layer of the model; it has {known}'
 
 
 def _tokenizer(folder: Path, config: Config) -> Problems:
@@ -130,8 +171,10 @@ def _tokenizer(folder: Path, config: Config) -> Problems:
         yield from (f"model.path: {problem}" for problem in error.problems)
         return
     try:
-        vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError):
+        vocab_size = text_values(read_config(folder)).get("vocab_size")
+    except InputError:
+        return  # said already
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
         yield (
             f"model.path: {folder / 'config.json'} names no vocab_size; give a complete Hugging Face model "
             "directory"

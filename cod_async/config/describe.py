@@ -89,6 +89,8 @@ def reference() -> str:
     for field in msgspec.structs.fields(schema.Config):
         if _is_section(field.type):
             lines += _rows(field.type, field.name)
+        if field.type is schema.DistillationConfig:
+            lines += _rows(schema.TeacherConfig, "[distillation.teachers]")
     return "\n".join(lines) + "\n"
 
 

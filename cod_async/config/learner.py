@@ -46,6 +46,8 @@ class LearnerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Optimiser steps between durable checkpoints; the last step is always saved."""
     keep_checkpoints: Positive = 3
     """Older ones are deleted, the newest and the first are kept."""
+    keep_checkpoint_every_steps: Count = 0
+    """Checkpoints at multiples of this stay too; 0: none more."""
     has_async_checkpoints: bool = True
     """Write checkpoints beside training: the step waits only for a copy in memory. The last one is waited
     for."""
@@ -64,7 +66,7 @@ class LearnerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ``packed``: end to end without padding, attention row by row. ``auto``: packed on CUDA, rectangles on a
     CPU and for models with recurrent layers."""
     has_prefix_merging: bool = True
-    """Rows of a segment that continue each other are computed as one row."""
+    """Rows of a lifecycle that continue each other are computed as one row."""
     has_prefix_tree: bool = False
     """Rows of a group that begin alike share the computation of their common beginning; gradients stay
     exact."""
@@ -83,9 +85,16 @@ class LearnerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Ranks that share each row's tokens. Needs ``layout`` packed."""
     sequence_mode: Literal["auto", "ulysses", "ring"] = "auto"
     """How attention crosses the ranks of a row: ``ulysses`` exchanges heads for tokens, ``ring`` passes keys
-    and values around; ``auto``: ulysses where heads divide."""
+    and values around; ``auto``: ulysses where heads divide, but ring where it sends less than half the bytes
+    and each rank has at least 32,768 tokens."""
     has_token_records: bool = False
-    """Write log-prob, ratio, mask and entropy of every trained token to ``token_records/``, for viewers."""
+    """Write log-prob, ratio, mask and entropy of every trained token to ``token_records/``, for viewers. It
+    takes one more forward pass, about a third of a step."""
+    max_token_records_bytes: Positive = 1 << 30
+    """Ceiling of ``token_records/``; the oldest steps' files go first."""
+    device_memory_bytes: Count = 0
+    """Memory of one device, which the forecast of ``cod train --dry-run`` must fit; 0: no verdict there. A
+    learner on CUDA compares the forecast with the device that it finds."""
     trace_every_steps: Count = 0
     """Write a Perfetto trace of every this many steps to ``traces/``; 0: never."""
     lora: LoraConfig = LoraConfig()

@@ -15,11 +15,11 @@ BY_PRESET: Any = None
 
 
 class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The token loss: a preset, and whatever is said beside it. Formulas, costs, reasons: docs/losses.md."""
+    """The token loss: a preset, and whatever is said beside it. Formulas, costs, reasons: docs/losses/."""
 
     preset: Literal[
         "paper", "ppo", "decoupled", "a3po", "tis_token", "tis_segment", "icepop", "geo_mask", "gspo",
-        "cispo", "dppo_tv", "m2po", "topr", "opsm",
+        "cispo", "dppo_tv", "m2po", "topr", "opsm", "opd",
     ] = "paper"  # fmt: skip
     """The recipe: gives every field below the value that it has there; a field that is written down overrides
     it. Another preset in a later file or ``--set`` takes the place of the first, and keeps such overrides."""
@@ -84,9 +84,15 @@ class LossConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     fixed_length_tokens: Count = BY_PRESET
     """See ``aggregation``."""
     kl_coef: NonNegative = BY_PRESET
-    """Weight of the sampled divergence to the starting model; 0 skips the reference pass."""
+    """Weight of the sampled divergence to the starting model; 0 skips the reference pass. In preset ``opd``
+    it is that to the teachers, 1, and no starting model is loaded."""
     kl: Literal["k1", "k2", "k3"] = BY_PRESET
     """Its estimator, with r = log reference - log current: ``k1`` -r; ``k2`` r^2 / 2; ``k3`` e^r - r - 1."""
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether a step pulls towards teachers (``distillation.teachers``) instead of using advantages."""
+        return self.preset == "opd"
 
     def __post_init__(self) -> None:
         for name, value in preset_values(self.preset).items():

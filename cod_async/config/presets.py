@@ -1,7 +1,7 @@
 """The loss recipes: what ``loss.preset`` fills in where a configuration says nothing else.
 
 A preset is a set of overrides of :data:`NEUTRAL`, which is the policy gradient without any correction. The
-reasons, costs and sources of every preset stand in docs/losses.md, what each field means in
+reasons, costs and sources of every preset stand in docs/losses/, what each field means in
 :class:`cod_async.config.schema.LossConfig`.
 """
 
@@ -64,6 +64,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "m2po": {"clip": "m2po"},
     "topr": {"clip": "topr"},
     "opsm": {"clip": "ppo", "segment_mask": "negative_drift"},
+    "opd": {"kl_coef": 1.0, "kl": "k2"},
 }
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from cod_async.config.distillation import DistillationConfig as DistillationConfig
+from cod_async.config.distillation import TeacherConfig as TeacherConfig
 from cod_async.config.fields import Count as Count
 from cod_async.config.fields import Fraction as Fraction
 from cod_async.config.fields import NonNegative as NonNegative
@@ -316,6 +318,9 @@ class StoreConfig(_Section, frozen=True, kw_only=True):
     """Longest wait for a group commit to fill."""
     max_database_bytes: Positive = 64 << 30
     """Ceiling; at it no credit is given until there is room."""
+    checkpoint_copies: Literal["none", "newest", "all"] = "newest"
+    """A consistent copy of the database is put into each checkpoint, for the loss of the disk that it is on:
+    into the newest one only (older ones lose theirs), into all, or into none."""
 
 
 class StalenessConfig(_Section, frozen=True, kw_only=True):
@@ -362,8 +367,8 @@ class GroupsConfig(_Section, frozen=True, kw_only=True):
     deadline_s: Seconds = 600.0
     """A lifecycle that has not ended this long after its lease is given up (``deadline``)."""
     overdue_factor: NonNegative = 0.0
-    """A lifecycle that the learner waits for is given up (``overdue``) once it takes this many times the
-    ``staleness.forecast_quantile`` of its environment's lifecycles; 0: never, only ``deadline_s`` ends it."""
+    """While the learner waits for running groups, a lifecycle is given up (``overdue``) once it takes this
+    many times the ``staleness.forecast_quantile`` of its environment's; 0: never, only ``deadline_s``."""
 
 
 class CreditAssignmentConfig(_Section, frozen=True, kw_only=True):
@@ -497,6 +502,7 @@ class Config(_Section, frozen=True, kw_only=True):
     replay: ReplayConfig = ReplayConfig()
     autopilot: AutopilotConfig = AutopilotConfig()
     loss: LossConfig = LossConfig()
+    distillation: DistillationConfig = DistillationConfig()
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

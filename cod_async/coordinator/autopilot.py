@@ -69,8 +69,8 @@ def restore(text: object, config: AutopilotConfig, max_lag: int) -> PilotState:
 def verdict(metrics: Mapping[str, Any], config: AutopilotConfig) -> tuple[Verdict, float, float] | None:
     """Judge one step: (verdict, ESS share, largest masked share); None when it does not report the numbers.
 
-    Masked by the clip or by segment, or zeroed by a weight outside its bounds: a token may be both, so the larger
-    of the two shares counts, which is never too many.
+    Masked by the clip or by segment, or zeroed by a weight outside its bounds: a token may be both, so the
+    larger of the two shares counts, which is never too many.
     """
     found = [metrics.get(name) for name in ("ess_frac", "masked_positive_frac", "masked_negative_frac")]
     found += [metrics.get(f"weight_zeroed_{sign}_frac", 0.0) for sign in ("positive", "negative")]

@@ -7,8 +7,10 @@ start-up, or a monotonic time, or something that clients will say again after a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
 
 from cod_async.config.schema import Config
 from cod_async.coordinator.forecast import Forecast
@@ -36,6 +38,8 @@ class Outbox:
     def __init__(self) -> None:
         self.replies: list[tuple[int, ToClient]] = []
         self.settled: list[Settled] = []
+        self.checkpoint: tuple[Version, str] | None = None
+        """Version and folder of a checkpoint that was recorded."""
         self._fences: dict[tuple[int, str], Fence] = {}
         self._fenced: set[tuple[int, str, LeaseRef]] = set()
 
@@ -146,6 +150,17 @@ class Core:
         self.tally["dropped_tokens"] += num_tokens
         self.dropped_tokens[reason] += num_tokens
         self.dropped_mix.count(places, is_trained=False)
+
+    def give_back_drops(self, report: Mapping[str, Any]) -> None:
+        """Count what an undone plan's report had taken: the next plan reports it."""
+        self.dropped_tokens.update(report.get("dropped_action_tokens", {}))
+        before = msgspec.convert(report.get("mix", {}), MixCounts)
+        for into, more in (
+            (self.dropped_mix.dropped, before.dropped),
+            (self.dropped_mix.dropped_lengths, before.dropped_lengths),
+        ):
+            for name, count in more.items():
+                into[name] = into.get(name, 0) + count
 
     def take_drops(self) -> tuple[dict[str, int], MixCounts]:
         """Return what was dropped since the last call, and begin to count anew."""

@@ -123,6 +123,17 @@ class Grouping:
             self._end_late(group)
             self._core.store.work.set_group_state(group, "dropped", "stale")
 
+    def drop_unplanned(self, keys: Sequence[SegmentKey], reason: str) -> None:
+        """Drop the segments of a plan that was undone; a group of which nothing else is trained goes with
+        them.
+        """
+        self.drop_segments(keys, reason)
+        for group in sorted({key.group for key in keys}):
+            if not self._core.store.segments.oldest_versions(group, "trained"):
+                self._end_late(group)
+                self._core.store.work.set_group_state(group, "dropped", reason)
+        self._core.changed()
+
     def drop_segments(self, keys: Sequence[SegmentKey], reason: str) -> None:
         """Drop segments that wait or are ready, and count them."""
         dropped = self._core.store.segments.drop(keys, reason)

@@ -30,6 +30,7 @@ class Health:
         self._config = config
         self._window = MixWindow(config.staleness.mix_window_steps)
         self._has_parted = False
+        self._num_failed_checkpoints = 0
         self._base = Limits.of(config)
         self._pilot = autopilot.start(config.staleness.max_lag)
         self.limits = self._base
@@ -54,6 +55,7 @@ class Health:
         """
         events: list[dict[str, Any]] = []
         more = self._judge_mix(report, events)
+        self._judge_checkpoints(metrics, events)
         if self._config.autopilot.is_enabled:
             more["autopilot"] = self._steer(metrics, events)
         for event in events:
@@ -69,6 +71,13 @@ class Health:
             self._has_parted = name == "mix_parted"
             events.append({"name": name, "threshold_frac": threshold, **numbers})
         return {**numbers, "is_mix_parted": self._has_parted}
+
+    def _judge_checkpoints(self, metrics: Mapping[str, float], events: list[dict[str, Any]]) -> None:
+        """Note that the learner could not write a checkpoint; it counts anew when it is started anew."""
+        num_failed = int(metrics.get("num_failed_checkpoints", 0))
+        if num_failed > self._num_failed_checkpoints:
+            events.append({"name": "checkpoint_failed", "num_failed": num_failed})
+        self._num_failed_checkpoints = num_failed
 
     def _steer(self, metrics: Mapping[str, float], events: list[dict[str, Any]]) -> dict[str, Any]:
         config = self._config

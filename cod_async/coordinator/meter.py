@@ -57,6 +57,10 @@ class StatusMeter:
         if rows:
             self._brain.mark_reported(rows)
 
+    def write_event(self, **event: object) -> None:
+        """Write one line about something that happened just now; ``event`` has a ``name``."""
+        self._metrics.append("event", time_s=self._time_s(), **event)
+
     def write_status(self, **more: object) -> None:
         """Write one line about the present moment; rates are since the last one."""
         status, now = self._brain.status(), time.monotonic()

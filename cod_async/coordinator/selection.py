@@ -18,11 +18,12 @@ from cod_async.coordinator.grouping import Grouping, credit_settings
 from cod_async.coordinator.planner import Choice, GroupView, choose_groups, may_lease
 from cod_async.coordinator.replay import Used, choose_replays
 from cod_async.coordinator.report import PlannedItem, step_report
-from cod_async.lifecycle.segment import Segment, SegmentKey, Version
+from cod_async.lifecycle.segment import SegmentKey, Version
+from cod_async.store.batches import step_items
 from cod_async.store.history import StepItem, StepRow
 from cod_async.store.segments import SegmentFate, SegmentRow
 from cod_async.store.trained import extend_trained_digest, plan_digest
-from cod_async.wire.messages import StepBatch, TrainItem
+from cod_async.wire.messages import StepBatch, StepDone, TrainItem
 
 MAX_PART_FRACTION = 0.5
 """A part of a batch is kept below this share of ``max_message_bytes``."""
@@ -59,6 +60,13 @@ class Selection:
         selected += self._replayed(version)
         selected.sort(key=lambda chosen: chosen.row.key)
         return self._commit_plan(version, selected)
+
+    def drop(self, plan: StepRow, reason: str) -> None:
+        """Undo a plan for good: its segments are dropped, and its step gets another one."""
+        core = self._core
+        keys = core.store.history.drop_plan(plan.version, reason)
+        core.give_back_drops(plan.report)
+        self._grouping.drop_unplanned(keys, reason)
 
     def batches(self, plan: StepRow) -> Iterator[StepBatch]:
         """Return the parts of a plan, each of them small enough to send."""
@@ -240,7 +248,9 @@ class Selection:
         limit = int(self._core.config.transport.max_message_bytes * MAX_PART_FRACTION)
         part: list[TrainItem] = []
         num_bytes = 0
-        for train in self._items(version):
+        is_transcript = self._core.config.lifecycle.carry == "transcript"
+        store = self._core.store
+        for train in step_items(store.history, store.segments, version, is_transcript=is_transcript):
             size = len(_encoder.encode(train))
             if part and num_bytes + size > limit:
                 yield part
@@ -249,40 +259,8 @@ class Selection:
             num_bytes += size
         yield part
 
-    def _items(self, version: Version) -> Iterator[TrainItem]:
-        """Yield the planned segments, and before each those that its transcript goes on from."""
-        history, segments = self._core.store.history, self._core.store.segments
-        is_transcript = self._core.config.lifecycle.carry == "transcript"
-        last: SegmentKey | None = None
-        for item in history.items(version):
-            key = item.key
-            if is_transcript:
-                is_same = last is not None and (last.group, last.member) == (key.group, key.member)
-                after = last.ordinal if last is not None and is_same else -1
-                for ordinal in segments.ordinals_between(key.group, key.member, after, key.ordinal):
-                    context = segments.payload(SegmentKey(key.group, key.member, ordinal))
-                    yield _train_item(context, advantage=0.0, lag_steps=0.0, is_context=True)
-                last = key
-            segment = segments.payload(key)
-            yield _train_item(
-                segment, advantage=item.advantage, lag_steps=float(item.lag_steps), is_context=False
-            )
 
-
-def _train_item(segment: Segment, *, advantage: float, lag_steps: float, is_context: bool) -> TrainItem:
-    is_taught = any(row.teacher_logprobs is not msgspec.UNSET for row in segment.rows)
-    return TrainItem(
-        key=segment.key,
-        kind=segment.kind,
-        position=segment.position,
-        rows=segment.rows,
-        advantage=advantage,
-        lag_steps=lag_steps,
-        is_context=is_context,
-        environment=f"{segment.environment}.{segment.preset}" if is_taught else msgspec.UNSET,
-    )
-
-
-def report_of(plan: StepRow, metrics: dict[str, float]) -> dict[str, Any]:
-    """Return a step's report with the learner's metrics merged in."""
-    return {**plan.report, "learner": metrics}
+def report_of(plan: StepRow, done: StepDone) -> dict[str, Any]:
+    """Return a step's report with the learner's metrics and digests merged in."""
+    witness = {} if done.witness is msgspec.UNSET else {"witness": done.witness}
+    return {**plan.report, "learner": done.metrics, **witness}

@@ -76,6 +76,7 @@ class Service:
         )
         self._metrics = MetricsLog(run_dir)
         self._meter = StatusMeter(self._brain, self._metrics, self._store)
+        self._copies = self._store.copies(config.run.name, config.store.checkpoint_copies)
         write_address(run_dir, self._link.address)
         self._manifest_told = None if self._brain.manifest is None else self._brain.manifest.version
         if self._brain.manifest is not None:
@@ -184,15 +185,28 @@ class Service:
                 log.error(
                     "run %s: a %s was not sent: %s", self._config.run.name, type(message).__name__, error
                 )
+        if out.checkpoint is not None:
+            self._copies.request(*out.checkpoint)
         self._meter.write_news()
+        self._write_copies()
+
+    def _write_copies(self) -> None:
+        while self._copies.news:
+            self._meter.write_event(**self._copies.news.pop(0))
 
     def close(self) -> None:
-        """Release the address, the files and the database."""
+        """Release the address, the files and the database.
+
+        A copy of the database that is under way may end when the run is over; else it has a moment.
+        """
         with contextlib.suppress(StoreError):  # it was raised where it mattered, or nobody was told of it
             self._end_commit()
+        grace_s = self._config.run.grace_s
+        self._copies.close(grace_s if self._brain.finished else min(2.0, grace_s / 10))
         self._flusher.shutdown()
         self._link.close()
         with contextlib.suppress(sqlite3.Error, OSError):  # a failed disk must not hide what it failed at
+            self._write_copies()
             self._write_status()
             self._metrics.close()
         self._store.close()

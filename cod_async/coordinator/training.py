@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 
+from msgspec import UNSET
+
 from cod_async.coordinator.core import Core
 from cod_async.coordinator.leasing import Leasing
 from cod_async.coordinator.report import reward_gap
 from cod_async.coordinator.selection import Selection, report_of
 from cod_async.lifecycle.segment import Version
+from cod_async.store.history import StepRow
 from cod_async.wire.messages import (
     Checkpointed,
     Finished,
@@ -156,14 +159,14 @@ class Training:
         if not self._is_current(session, version):
             return
         plan = history.step(version)
+        if message.dropped_as is not UNSET:
+            self._drop_plan(session, message, message.dropped_as, plan)
+            return
         if plan is None or plan.plan_digest != message.plan_digest:
-            recorded = "none" if plan is None else plan.plan_digest
-            self._refuse(
-                session, "plan_mismatch", f"step {version}: plan {message.plan_digest}, recorded {recorded}"
-            )
+            self._refuse_plan(session, message, plan)
             return
         if plan.state == "planned":
-            report = core.health.judge(report_of(plan, message.metrics), message.metrics)
+            report = core.health.judge(report_of(plan, message), message.metrics)
             history.finish_step(version, report)
             core.forecast.step_taken(_busy_s(message.metrics))
             core.step = version.step + 1
@@ -172,6 +175,22 @@ class Training:
             core.should_stop = self._should_stop()
         is_last = version.step + 1 == core.step
         core.out.send(session, StepRecorded(version=version, should_stop=is_last and core.should_stop))
+
+    def _drop_plan(self, session: int, message: StepDone, reason: str, plan: StepRow | None) -> None:
+        """Drop a plan that the learner could not train, once, and say so as often as it asks."""
+        core, version, digest = self._core, message.version, message.plan_digest
+        if plan is not None and plan.plan_digest == digest and plan.state == "planned":
+            self._selection.drop(plan, reason)
+            log.warning("run %s: the plan of step %s is dropped: %s", core.run, version, reason)
+        elif not core.store.history.has_dropped_plan(version, digest):
+            self._refuse_plan(session, message, plan)
+            return
+        core.out.send(session, StepRecorded(version=version, dropped_plan=digest))
+
+    def _refuse_plan(self, session: int, message: StepDone, plan: StepRow | None) -> None:
+        recorded = "none" if plan is None else f"{plan.plan_digest} ({plan.state})"
+        detail = f"step {message.version}: plan {message.plan_digest}, recorded {recorded}"
+        self._refuse(session, "plan_mismatch", detail)
 
     def _should_stop(self) -> bool:
         """Whether the run is long enough, or the effect it was after stands (``run.early_stop``)."""
@@ -228,6 +247,7 @@ class Training:
             self._refuse(session, "trained_digest", f"checkpoint {version}: trained digest is not {recorded}")
             return
         history.add_checkpoint(version, message.path, message.digest, message.trained_digest)
+        core.out.checkpoint = (version, message.path)
         if core.config.store.retention == "until_checkpoint":
             assert core.tree is not None  # noqa: S101
             surviving = sorted(saved.step for saved in history.checkpoints() if core.tree.is_surviving(saved))

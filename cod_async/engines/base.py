@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from cod_async.errors import EngineError
 from cod_async.lifecycle.segment import Version, VersionSpan
 from cod_async.weights.manifest import Manifest
 
@@ -134,3 +135,55 @@ class Engine(Protocol):
     async def aclose(self) -> None:
         """Stop; running requests raise EngineClosedError."""
         ...
+
+
+class Scorer(Protocol):
+    """A frozen model that says how likely it finds what others wrote. Methods are called from one asyncio
+    loop, several at once.
+    """
+
+    async def score(
+        self, token_ids: Sequence[int], spans: Sequence[tuple[int, int]], temperature: float
+    ) -> list[float]:
+        """Return the log-probs of some tokens of a row, each given all tokens before it.
+
+        Args:
+            token_ids: the whole row.
+            spans: half-open [start, stop) ranges of it, ascending and disjoint, from token 1 on.
+            temperature: > 0; log-probs are those of the tempered distribution over the whole vocabulary.
+
+        Returns:
+            One finite number <= 0 per token of the spans, in order, in nats.
+
+        Raises:
+            EngineError: it could not be scored; another try may do.
+            EngineMismatchError: and no other try will.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Stop; running calls raise EngineClosedError."""
+        ...
+
+
+def scored_positions(
+    token_ids: Sequence[int], spans: Sequence[tuple[int, int]], temperature: float, vocab_size: int
+) -> list[int]:
+    """Return the positions that a :class:`Scorer` is asked for, after a look at its arguments.
+
+    Raises:
+        EngineError: nothing to score, a span outside the row, an id outside the vocabulary, or no such
+            temperature.
+    """
+    previous = 1
+    for start, stop in spans:
+        if not previous <= start < stop <= len(token_ids):
+            raise EngineError(f"span [{start}, {stop}) after {previous} in a row of {len(token_ids)} tokens")
+        previous = stop
+    if not spans:
+        raise EngineError("there are no tokens to score")
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        raise EngineError(f"the row has token ids outside 0 .. {vocab_size - 1}")
+    if not 0 < temperature < float("inf"):
+        raise EngineError(f"temperature must be positive and finite, is {temperature}")
+    return [position for start, stop in spans for position in range(start, stop)]

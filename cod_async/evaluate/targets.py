@@ -1,7 +1,8 @@
 """Which weights to evaluate: a model directory, a version of a run, or a sweep over a run's history.
 
 Versions of a run are *pinned* before they are loaded: hard links (copies, across file systems) beside the
-results, so a learner that prunes its old versions cannot take them away. Weights are known by their digest,
+results, or a model directory put together from a checkpoint's shards, so a learner that prunes its old
+versions cannot take them away. Weights are known by their digest,
 whatever file holds them, so the same weights are never evaluated twice.
 """
 
@@ -21,7 +22,7 @@ import msgspec
 
 from cod_async.durable import remove_folder
 from cod_async.errors import InputError
-from cod_async.launch.export import WEIGHTS_FILE, trained_versions
+from cod_async.launch.export import assemble, plain_folder, trained_versions, weight_files
 from cod_async.lifecycle.segment import Version
 
 START = "start"
@@ -144,19 +145,18 @@ def pin(run_dir: Path, version: Version | None, folder: Path) -> Checkpoint:
     """
     if version is None:
         return Checkpoint(label=START, model_dir=str(run_dir / _BASE_FOLDER), step=0, lineage=0)
-    source = trained_versions(run_dir).get(version)
-    if source is None:
+    if version not in trained_versions(run_dir):
         raise InputError(f"{run_dir}: version {version} is no longer on disk; evaluate a newer one")
     target = folder / str(version)
     temporary = folder / f".{version}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = plain_folder(run_dir, version)
     try:
-        for path in sorted((run_dir / _BASE_FOLDER).iterdir()):
-            is_weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
-            if path.is_file() and not is_weights and path.name not in _NOT_LINKED:
-                _link(path, temporary / path.name)
-        _link(source / WEIGHTS_FILE, temporary / WEIGHTS_FILE)
+        if source is None:
+            assemble(run_dir, version, temporary)
+        else:
+            _link_model(run_dir, source, temporary)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
@@ -166,6 +166,17 @@ def pin(run_dir: Path, version: Version | None, folder: Path) -> Checkpoint:
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
     return Checkpoint(label=str(version), model_dir=str(target), step=version.step, lineage=version.lineage)
+
+
+def _link_model(run_dir: Path, source: Path, target: Path) -> None:
+    """Make a model directory of links: weights from ``source``, everything else from the starting model."""
+    target.mkdir()
+    for path in sorted((run_dir / _BASE_FOLDER).iterdir()):
+        is_weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
+        if path.is_file() and not is_weights and path.name not in _NOT_LINKED:
+            _link(path, target / path.name)
+    for path in weight_files(source):
+        _link(path, target / path.name)
 
 
 def _link(source: Path, target: Path) -> None:

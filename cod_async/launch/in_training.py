@@ -32,6 +32,7 @@ from cod_async.launch.run_folder import child_environment, cod_command
 from cod_async.lifecycle.segment import Version
 from cod_async.observe.metrics import METRICS_NAME, MetricsReader
 from cod_async.observe.summary import EVALUATION_DIR, IN_TRAINING_NAME
+from cod_async.weights.folders import WEIGHTS_FOLDER
 
 FOLDER = "in_training"
 """Folder of results inside :data:`EVALUATION_DIR`."""
@@ -177,7 +178,8 @@ class InTraining:
 
     def _look(self) -> None:
         """Pin the newest version if it is due."""
-        versions = trained_versions(self._run_dir)
+        # only what was published can be linked; a checkpoint would have to be put together first
+        versions = trained_versions(self._run_dir, (WEIGHTS_FOLDER,))
         if not versions:
             return
         version, before = max(versions), self._journal.newest

@@ -26,9 +26,10 @@ from cod_async.config.schema import Config
 from cod_async.engines.sglang.records import ENGINES_FOLDER
 from cod_async.errors import CodError, InputError, StoreError, WorkError
 from cod_async.launch import phases
-from cod_async.launch.export import export_model
+from cod_async.launch.export import newest_version
 from cod_async.launch.in_training import InTraining
 from cod_async.launch.interrupts import InterruptedRunError, Interrupts
+from cod_async.launch.resuming import look_before_resume
 from cod_async.launch.run_folder import RunLock, child_environment, cod_command, prepare, read_versions
 from cod_async.launch.supervisor import Child, Supervisor
 from cod_async.observe.metrics import METRICS_NAME, History, MetricsReader, Record
@@ -89,6 +90,10 @@ def train(
     console = console or Console(stderr=True)
     try:
         lock.acquire(config.run.grace_s, lambda text: console.print(text, highlight=False))
+        if resume:
+            look_before_resume(
+                run_dir, config, lambda text: console.print(text, highlight=False, soft_wrap=True)
+            )
         prepare(run_dir, config, overrides, is_resume=resume)
         with Interrupts() as interrupts, Progress(config, console) as progress:
             launch = _Launch(config, run_dir, overrides, lock.fd, interrupts, progress)
@@ -137,6 +142,7 @@ class _Launch:
         if not phases.has_model(run_dir):
             with self._timed("bootstrap", "making the starting model"), self._interrupts.raising():
                 phases.make_model(run_dir, config, self._progress.detail)
+        phases.check_teachers(run_dir, config)
         if config.evaluation.is_enabled and read_evaluation(run_dir, "before") is None:
             with (
                 self._timed("evaluation_before", "evaluating the starting model"),
@@ -184,7 +190,8 @@ class _Launch:
     def _after(self) -> None:
         config, run_dir = self._config, self._run_dir
         with self._interrupts.raising():
-            version = export_model(run_dir, run_dir / FINAL_NAME)
+            version = newest_version(run_dir)
+            phases.export_final(run_dir, config, FINAL_NAME)
             if config.evaluation.is_enabled:
                 with self._timed("evaluation_after", "evaluating the trained model"):
                     label = str(version)

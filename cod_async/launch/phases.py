@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cod_async.config.schema import Config
-from cod_async.durable import commit_folder
+from cod_async.durable import commit_folder, remove_folder
 from cod_async.errors import InputError, WorkError
 from cod_async.launch.parent import PARENT_VARIABLE
 from cod_async.launch.run_folder import child_environment, cod_command
@@ -60,6 +60,25 @@ def make_model(run_dir: Path, config: Config, tell: Tell) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(config.model.path, temporary, ignore=shutil.ignore_patterns("*.bin", "*.pt", "*.pth"))
     commit_folder(temporary, run_dir / MODEL_NAME)
+
+
+def check_teachers(run_dir: Path, config: Config) -> None:
+    """See that teachers whose models are on this machine fit the student, which may be only just made.
+
+    Raises:
+        InputError: they do not; all problems are listed.
+    """
+    from cod_async.config.check_distillation import teacher_problems
+
+    student, longest = run_dir / MODEL_NAME, config.model.max_context_tokens
+    problems = [
+        f"distillation.teachers.{index}.path: {problem}"
+        for index, teacher in enumerate(config.distillation.teachers)
+        if teacher.path
+        for problem in teacher_problems(Path(teacher.path), student, longest)
+    ]
+    if problems:
+        raise InputError(problems)
 
 
 def _bootstrap_text(progress: Path) -> str:
@@ -112,6 +131,22 @@ def run_child(
     if code == 2:
         raise InputError(tail.splitlines() or [f"{name} refused its input"])
     raise WorkError(f"{name} failed with code {code}; the end of {log_path}:\n{tail}")
+
+
+def export_final(run_dir: Path, config: Config, name: str) -> None:
+    """Write the newest version as a model directory inside the run folder, in the place of an earlier one.
+
+    A process of its own does it, because putting a checkpoint together takes torch and the model's memory.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+        WorkError: the child failed, with the end of its log.
+    """
+    temporary = run_dir / f".{name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    run_child(run_dir, "export", ("export", str(run_dir), str(temporary)), config, lambda: None)
+    remove_folder(run_dir / name)
+    os.replace(temporary, run_dir / name)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -43,6 +43,8 @@ INPUT_ERROR_CODE = 2
 LOST_CODE = 3
 """A child ends with this code when something that had worked was taken from it, and a new start brings it
 back: that is no defect of its own."""
+ENDED_RUN_CODE = 4
+"""A child ends with this code when the run must not go on: a new start would only meet the same again."""
 _TAIL_BYTES = 3000
 
 
@@ -254,6 +256,8 @@ class Supervisor:
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
         if code == INPUT_ERROR_CODE:
             raise WorkError(f"{child.name} refused its input ({cause}), not restarted; {self.tail(child)}")
+        if code == ENDED_RUN_CODE:
+            raise WorkError(f"{child.name} ended the run: {self.tail(child).splitlines()[-1]}")
         child.deaths_s.append(now)
         is_own = code > 0 and code != LOST_CODE and now - child.started_s < child.young_s
         child.num_own_failures = child.num_own_failures + 1 if is_own else 0

@@ -16,12 +16,16 @@ from torch import Tensor
 
 from cod_async.algo.corrections.segments import segment_log_ratios
 from cod_async.algo.corrections.step_size import effective_sample_frac
+from cod_async.learner.distillation import MAX_TEACHER_GAP_NATS
 from cod_async.learner.objective import Objective
 from cod_async.learner.packing import upload
 from cod_kernels import segment_reduce
 
 MAX_LOG_RATIO = 20.0
 """Bound on a log-ratio before it is exponentiated, as in the fused loss."""
+
+BOUNDED_GAP_NATS = MAX_TEACHER_GAP_NATS - 1e-3
+"""A teacher this far away from the behaviour policy has been bounded; the margin is float32's rounding."""
 
 LAG_EDGES = (0, 1, 2, 4, 8, 16, 32)
 """The last lag of each bucket but the open one."""
@@ -39,8 +43,14 @@ _STEP = (
     "num_segment_masked_negative",
     "num_outside_positive",
     "num_outside_negative",
+    "num_zeroed_positive",
+    "num_zeroed_negative",
     "segment_weight",
     "num_segment_capped",
+    "num_taught",
+    "teacher_k1",
+    "teacher_k3",
+    "num_teacher_bounded",
 )
 NUM_GAPS = len(_PER_LAG) * len(LAG_NAMES) + len(_STEP)
 """Length of the vector that :func:`gap_sums` returns."""
@@ -68,7 +78,23 @@ def gap_sums(objective: Objective, current: Tensor) -> Tensor:
     )
     # A value that is not finite is the loss's to refuse, by name; here it must not spoil the other sums.
     sums = [segment_reduce(v.nan_to_num(), bucket, len(LAG_NAMES))[0] for v in values]
-    return torch.cat([*sums, torch.stack(_step_sums(objective, drift.nan_to_num()))])
+    step = _step_sums(objective, drift.nan_to_num()) + _teacher_sums(objective, current)
+    return torch.cat([*sums, torch.stack(step)])
+
+
+def _teacher_sums(objective: Objective, current: Tensor) -> list[Tensor]:
+    """Return number, divergences (k1, k3) and bounded ones of the tokens that have a teacher."""
+    zero = torch.zeros((), dtype=torch.float64, device=current.device)
+    if objective.teacher is None:
+        return [zero] * 4
+    above = (current.double() - objective.teacher.double()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).nan_to_num()
+    gap = (objective.teacher.double() - objective.behavior.double()).abs()
+    return [
+        zero + above.numel(),
+        above.sum(),
+        ((-above).exp() + above - 1).sum(),
+        (gap > BOUNDED_GAP_NATS).sum().double(),
+    ]
 
 
 def _step_sums(objective: Objective, drift: Tensor) -> list[Tensor]:
@@ -88,6 +114,7 @@ def _step_sums(objective: Objective, drift: Tensor) -> list[Tensor]:
         masked = is_zero if masked is None else masked | is_zero
     elif objective.options.behavior_weight != "none":
         outside = _outside(objective, drift)
+    zeroed = outside if objective.options.behavior_weight == "masked" else None
 
     def count(mask: Tensor | None, of: Tensor) -> Tensor:
         return zero if mask is None else (mask & of).sum().double()
@@ -102,6 +129,8 @@ def _step_sums(objective: Objective, drift: Tensor) -> list[Tensor]:
         count(None if masked is None else masked[ids], is_negative),
         count(outside, is_positive),
         count(outside, is_negative),
+        count(zeroed, is_positive),
+        count(zeroed, is_negative),
         zero if weight is None else weight,
         zero if capped is None else capped,
     ]
@@ -151,7 +180,12 @@ def gap_metrics(parts: Sequence[Sequence[float]], loss_metrics: dict[str, float]
         ``lag_B_tokens_frac``, ``lag_B_ratio_mean``, ``lag_B_ess_frac``, ``lag_B_kl_nats``. ``masked_frac``,
         ``masked_positive_frac``, ``masked_negative_frac``: by the clip or with their segment;
         ``segment_masked_frac``. ``weight_outside_positive_frac``, ``weight_outside_negative_frac``: of the
-        tokens of that sign. ``behavior_weight_mean``, ``weight_capped_frac``: of segment weights.
+        tokens of that sign, their behaviour weight beyond its bounds; ``weight_zeroed_…``: those of them that
+        count nothing, because weights are masked token by token instead of truncated.
+        ``behavior_weight_mean``, ``weight_capped_frac``: of segment weights. ``distillation_kl_nats``,
+        ``distillation_k3_nats``: with teachers, the mean of current - teacher, and of ratio - 1 - log-ratio
+        with teacher / current, estimates of KL(current || teacher) per token;
+        ``distillation_bounded_frac``: tokens that a teacher would have pulled at harder than it may.
     """
     total = [sum(column) for column in zip(*parts, strict=True)]
     of = {name: _bucket_sums(total, name) for name in _PER_LAG}
@@ -164,8 +198,19 @@ def gap_metrics(parts: Sequence[Sequence[float]], loss_metrics: dict[str, float]
             step["segment_ratio"], step["segment_ratio_squared"], max(step["num_segments"], 1.0)
         ),
     }
-    numbers |= _by_lag(of, count) | _gap_numbers(parts[0], of)
+    numbers |= _by_lag(of, count) | _gap_numbers(parts[0], of) | _teacher_numbers(step)
     return numbers | _masked(step, loss_metrics, count)
+
+
+def _teacher_numbers(step: dict[str, float]) -> dict[str, float]:
+    count = step["num_taught"]
+    if not count:
+        return {}
+    return {
+        "distillation_kl_nats": step["teacher_k1"] / count,
+        "distillation_k3_nats": step["teacher_k3"] / count,
+        "distillation_bounded_frac": step["num_teacher_bounded"] / count,
+    }
 
 
 def _by_lag(of: dict[str, list[float]], count: float) -> dict[str, float]:
@@ -208,6 +253,7 @@ def _masked(step: dict[str, float], loss_metrics: dict[str, float], count: float
         by_clip = loss_metrics[f"masked_{sign}_frac"] * (all_of - by_segment)
         numbers[f"masked_{sign}_frac"] = (by_clip + by_segment) / max(all_of, 1.0)
         numbers[f"weight_outside_{sign}_frac"] = step[f"num_outside_{sign}"] / max(all_of, 1.0)
+        numbers[f"weight_zeroed_{sign}_frac"] = step[f"num_zeroed_{sign}"] / max(all_of, 1.0)
         masked += by_clip + by_segment
     numbers["masked_frac"] = masked / count
     by_segments = step["num_segment_masked_positive"] + step["num_segment_masked_negative"]

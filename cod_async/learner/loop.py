@@ -11,39 +11,43 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import msgspec
-import torch
 
 from cod_async.config.load import config_digest, load_resolved
 from cod_async.config.schema import Config
-from cod_async.durable import write_atomic
 from cod_async.errors import CheckpointError, NumericsError, WeightsError
-from cod_async.learner.checkpoint import (
-    TrainerRecord,
-    checkpoint_folder,
-    load_checkpoint,
-    newest_checkpoint,
-    restore_optimizer,
-    save_checkpoint,
+from cod_async.learner.checkpoints.record import TrainerRecord, checkpoint_folder
+from cod_async.learner.checkpoints.writer import CheckpointWriter
+from cod_async.learner.distillation import divergence_by_environment
+from cod_async.learner.failing import FailedStep, keep_failed
+from cod_async.learner.opening import configure_torch, open_tested, rows_of
+from cod_async.learner.parallel.following import (
+    Follower,
+    Leave,
+    PublishWeights,
+    SaveCheckpoint,
+    TakeStep,
+    follow,
+    give,
+    ignore_signals,
+    naming_lost_ranks,
+    publish_policy,
 )
-from cod_async.learner.packing import flatten
+from cod_async.learner.parallel.world import World
 from cod_async.learner.port import CoordinatorPort, StopWish
-from cod_async.learner.selftest import check_packing
 from cod_async.learner.step import Trainer
+from cod_async.learner.timeline import Timeline
+from cod_async.learner.token_records import TokenRecorder, keep_records
+from cod_async.learner.witness import Witness
 from cod_async.lifecycle.segment import Version
-from cod_async.models.directory import load_model, weights_of
 from cod_async.store.trained import EMPTY_TRAINED_DIGEST, extend_trained_digest
 from cod_async.weights.delta import write_delta
 from cod_async.weights.manifest import Manifest
-from cod_async.weights.publish import CONFIG_FILE, publish, published_versions, read_manifest
+from cod_async.weights.publish import published_versions, read_manifest
 from cod_async.wire.messages import Checkpointed, TrainItem
 
 log = logging.getLogger(__name__)
-
-FAILED_STEPS_FOLDER = "failed_steps"
 
 
 @dataclass
@@ -57,7 +61,12 @@ class Learner:
         stop: the wish to stop.
         version: of the weights in the model.
         trained_digest: of all plans trained up to ``version``.
-        checkpointed: version of the last durable checkpoint, or None.
+        checkpointed: version of the last checkpoint that was begun or gone on from, or None.
+        publish_s: seconds that the last publication took.
+        num_dropped: batches in a row that were not finite.
+        recorder: of per-token records, None without them.
+        witness: of the step being taken.
+        checkpoints: writes them beside training.
     """
 
     run_dir: Path
@@ -69,6 +78,30 @@ class Learner:
     trained_digest: str
     checkpointed: Version | None
     publish_s: float = 0.0
+    num_dropped: int = 0
+    recorder: TokenRecorder | None = None
+    witness: Witness = field(init=False)
+    checkpoints: CheckpointWriter = field(init=False)
+
+    def __post_init__(self) -> None:
+        learner = self.config.learner
+        self.witness = Witness(self.trainer, self.trainer.learner)
+        self.checkpoints = CheckpointWriter(
+            self.run_dir,
+            self.trainer.model,
+            self.trainer.optimizer,
+            learner,
+            world=self.trainer.world,
+            on_durable=self._announce_checkpoint,
+        )
+        if learner.has_token_records:
+            self.recorder = TokenRecorder(self.trainer)
+        self._begin_period(self.version.step)
+
+    @property
+    def timeline(self) -> Timeline:
+        """Where the seconds of the present step go."""
+        return self.trainer.timeline
 
     def run(self) -> None:
         """Train until all steps are done or somebody asks to stop, then checkpoint and say goodbye."""
@@ -76,17 +109,28 @@ class Learner:
         self._publish()
         while self.version.step < self.config.run.num_steps and not self.stop.is_set:
             asked = time.perf_counter()
-            batch = self.port.next_batch(self.version)
+            # Not asked earlier: a step is planned when it is asked for, and one that is never taken, because
+            # the run is over before it, would leave its segments in flight.
+            with self.timeline.span("wait"):
+                batch = self.port.next_batch(self.version)
             if batch is None:
                 break
             plan_digest, items = batch
-            metrics = self._train(items, plan_digest, wait_s=time.perf_counter() - asked)
-            done = self.port.step_done(self.version, plan_digest, metrics)
+            wait_s = time.perf_counter() - asked
+            try:
+                metrics = self._train(items, wait_s)
+            except NumericsError as error:
+                self._drop(plan_digest, items, error)
+                continue
+            done = self.port.step_done(self.version, plan_digest, metrics, self.witness.of_step())
+            self._begin_period(self.version.step + 1)
+            self.num_dropped = 0
             self.version = Version(self.version.lineage, self.version.step + 1)
             self.trained_digest = extend_trained_digest(self.trained_digest, plan_digest)
             if self.version.step % self.config.weights.publish_every_steps == 0:
                 self._publish()
-            is_over = self.port.recorded(done)
+            with self.timeline.span("report"):
+                is_over = self.port.recorded(done)
             if self.version.step % self.config.learner.checkpoint_every_steps == 0:
                 self._checkpoint()
             if is_over:
@@ -94,31 +138,27 @@ class Learner:
                 break
         self._leave(reason, is_finished=not self.stop.is_set)
 
-    def _train(self, items: list[TrainItem], plan_digest: str, wait_s: float) -> dict[str, float]:
+    def _train(self, items: list[TrainItem], wait_s: float) -> dict[str, float]:
         """Pack the items and take the optimiser step; return its metrics.
 
         Raises:
-            NumericsError: something is not finite; the batch is kept in ``failed_steps/`` and nothing was
-                applied.
+            NumericsError: something is not finite; nothing was applied.
         """
         started = time.perf_counter()
-        vocab_size = int(self.trainer.model.head_weight.shape[0])
-        packed_s = 0.0
-        try:
-            flat = flatten(
-                items,
-                vocab_size=vocab_size,
-                max_row_tokens=self.config.model.max_context_tokens,
-                version=self.version,
-            )
-            packed_s = time.perf_counter() - started
-            metrics = self.trainer.take_step(flat, self.version.step)
-        except NumericsError as error:
-            name = f"step_{self.version.step:08d}-L{self.version.lineage}.msgpack"
-            path = self.run_dir / FAILED_STEPS_FOLDER / name
-            path.parent.mkdir(exist_ok=True)
-            write_atomic(path, msgspec.msgpack.encode({"plan_digest": plan_digest, "items": items}))
-            raise NumericsError(f"{error}; its batch is kept in {path}") from None
+        with self.timeline.span("broadcast"):
+            give(self.trainer.world, TakeStep(self.version, items))
+        with self.timeline.span("digest"):
+            self.witness.begin(self.version.step)
+        with self.timeline.span("pack"):
+            flat = rows_of(items, self.config, self.trainer, self.version)
+        packed_s = time.perf_counter() - started
+        if self.recorder is not None:
+            with self.timeline.span("records"):
+                self.recorder.begin(flat)
+        metrics = self.trainer.take_step(flat, self.version.step) | divergence_by_environment(items)
+        if self.recorder is not None:
+            with self.timeline.span("records"):
+                keep_records(self.run_dir, self.config, self.version, items, self.recorder.found())
         trained = [item for item in items if not item.is_context]
         lags = [item.lag_steps for item in trained]
         metrics |= {
@@ -128,7 +168,10 @@ class Learner:
             "wait_s": wait_s,
             "pack_s": packed_s,
             "publish_s": self.publish_s,
+            "checkpoint_pause_s": self.checkpoints.pause_s,
+            "num_failed_checkpoints": float(self.checkpoints.num_failed),
             "step_s": time.perf_counter() - started + wait_s,
+            **self.timeline.metrics(),
         }
         self.port.counters["trained_tokens"] = (
             self.port.counters.get("trained_tokens", 0.0) + metrics["num_action_tokens"]
@@ -136,23 +179,60 @@ class Learner:
         self.port.counters["step"] = float(self.version.step + 1)
         return metrics
 
+    def _drop(self, plan_digest: str, items: list[TrainItem], error: NumericsError) -> None:
+        """Keep a batch that could not be trained; with ``on_nonfinite = "skip"`` have its plan dropped.
+
+        Raises:
+            NumericsError: the run is to stop here.
+        """
+        learner = self.config.learner
+        failed = FailedStep(
+            version=self.version,
+            plan_digest=plan_digest,
+            items=items,
+            error=str(error),
+            witness=self.witness.of_step(),
+        )
+        path = keep_failed(self.run_dir, failed)
+        if learner.on_nonfinite == "stop":
+            raise NumericsError(f"{error}; its batch is kept in {path}") from None
+        log.warning("%s; its batch is dropped and kept in %s", error, path)
+        self.port.dropped(self.version, plan_digest)
+        self.num_dropped += 1
+        if self.num_dropped >= learner.max_skipped_steps:
+            raise NumericsError(
+                f"{error}; {self.num_dropped} batches in a row were dropped (learner.max_skipped_steps): the "
+                f"model is broken; the last one is kept in {path}"
+            ) from None
+
+    def _begin_period(self, step: int) -> None:
+        """Write the trace of the period that ends with a step's report, and begin the next one."""
+        every = self.config.learner.trace_every_steps
+        if self.timeline.is_traced:
+            about = {"run": self.config.run.name, "lineage": self.version.lineage}
+            self.timeline.write_trace(self.run_dir, self.version.step, about)
+        self.timeline.begin(is_traced=every > 0 and step % every == 0)
+
     def _publish(self) -> None:
         started = time.perf_counter()
-        tensors = weights_of(self.trainer.model)
-        keep = self.config.weights.keep_versions
+        with self.timeline.span("publish"):
+            self._publish_weights()
+        self.publish_s = time.perf_counter() - started
+
+    def _publish_weights(self) -> None:
         base = self._newest_published() if self.config.weights.has_deltas else None
-        manifest = publish(
+        give(self.trainer.world, PublishWeights(self.version))
+        manifest = publish_policy(
             self.run_dir,
             self.config.run.name,
             self.version,
-            tensors,
-            keep,
-            config_file=self.run_dir / "model" / CONFIG_FILE,
+            self.trainer.model,
+            self.config.weights.keep_versions,
+            self.trainer.world,
         )
         if base is not None and base.version < manifest.version:
             self._write_delta(base, manifest)
         self.port.published(manifest)
-        self.publish_s = time.perf_counter() - started
 
     def _newest_published(self) -> Manifest | None:
         """Return the version that hosts are expected to have when the next one is published."""
@@ -175,39 +255,60 @@ class Learner:
             log.info("version %s: delta of %.1f %%", manifest.version, 100 * info.num_bytes / num_bytes)
 
     def _checkpoint(self) -> None:
+        """Begin a checkpoint; it becomes durable beside the next steps, if it is not the last one."""
         record = TrainerRecord(
             run=self.config.run.name,
             version=self.version,
             trained_digest=self.trained_digest,
             config_digest=config_digest(self.config),
-            files={},
         )
-        keep = self.config.learner.keep_checkpoints
-        record = save_checkpoint(self.run_dir, record, self.trainer.model, self.trainer.optimizer, keep)
+        with self.timeline.span("checkpoint"):
+            give(self.trainer.world, SaveCheckpoint(record))
+            self.checkpoints.begin(record)
         self.checkpointed = self.version
+
+    def _announce_checkpoint(self, record: TrainerRecord) -> None:
+        """Tell the coordinator of a durable checkpoint; runs on the thread that wrote it."""
         self.port.checkpointed(
             Checkpointed(
-                version=self.version,
-                path=checkpoint_folder(self.version),
+                version=record.version,
+                path=checkpoint_folder(record.version),
                 digest=record.digest,
-                trained_digest=self.trained_digest,
+                trained_digest=record.trained_digest,
             )
         )
-        log.info("checkpoint of version %s is durable", self.version)
 
     def _leave(self, reason: str, *, is_finished: bool) -> None:
         """Publish and checkpoint what is new, and say that it was the last step if it was."""
         if is_finished and self.version.step % self.config.weights.publish_every_steps:
             self._publish()
-        if self.checkpointed != self.version:
-            self._checkpoint()
+        self._wait_for_last_checkpoint()
+        give(self.trainer.world, Leave())
         self.port.settle()
         if is_finished:
             self.port.finished(self.version, reason)
         log.info("left at version %s: %s", self.version, self.stop.reason or reason)
 
+    def _wait_for_last_checkpoint(self) -> None:
+        """See to it that the present version is durable; what failed before is tried once more.
 
-def start_learner(run_dir: Path, config: Config, port: CoordinatorPort, stop: StopWish) -> Learner | None:
+        Raises:
+            CheckpointError: it cannot be written; the one before it stands.
+        """
+        self.checkpoints.wait()
+        if self.checkpointed != self.version or self.checkpoints.problem:
+            self._checkpoint()
+            self.checkpoints.wait()
+        if self.checkpoints.problem:
+            raise CheckpointError(
+                f"the checkpoint of version {self.version} cannot be written: {self.checkpoints.problem}; "
+                "make room and go on with cod train --resume"
+            )
+
+
+def start_learner(
+    run_dir: Path, config: Config, port: CoordinatorPort, stop: StopWish, world: World | None = None
+) -> Learner | None:
     """Load the newest valid checkpoint or the starting model, test the packing, and open a lineage.
 
     Returns:
@@ -215,20 +316,14 @@ def start_learner(run_dir: Path, config: Config, port: CoordinatorPort, stop: St
 
     Raises:
         CheckpointError: the coordinator's history and the checkpoint do not meet at one step.
+        InputError: there are checkpoints, and none can be loaded.
     """
-    record = newest_checkpoint(run_dir)
-    model, state = (load_model(run_dir / "model"), {}) if record is None else load_checkpoint(run_dir, record)
-    reference = load_model(run_dir / "model") if config.loss.kl_coef > 0 else None
-    trainer = Trainer.create(model, config.learner, config.loss, config.engine.temperature, reference)
-    restore_optimizer(model, trainer.optimizer, state)
-    error = check_packing(
-        model, config.engine.temperature, trainer.max_rectangle_tokens, config.model.max_context_tokens
-    )
-    log.info("packed and separate rows agree to %.1e", error)
+    trainer, record = open_tested(run_dir, config, world)
     branch = None if record is None else record.version
     trained_digest = EMPTY_TRAINED_DIGEST if record is None else record.trained_digest
     opened = port.open_lineage(branch, trained_digest)
     if opened is None:
+        give(trainer.world, Leave())
         return None
     if opened.step != (0 if branch is None else branch.step):
         raise CheckpointError(
@@ -247,19 +342,12 @@ def start_learner(run_dir: Path, config: Config, port: CoordinatorPort, stop: St
     )
 
 
-def configure_torch(config: Config) -> None:
-    """Fix threads and seeds, and prefer deterministic algorithms, so that a recorded step replays to the
-    bit.
-    """
-    torch.set_num_threads(config.learner.num_threads)
-    torch.manual_seed(config.run.seed)
-    torch.use_deterministic_algorithms(True)
-    # Filling every new buffer costs a pass over memory and guards nothing here.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def run_learner(run_dir: Path) -> int:
+def run_learner(run_dir: Path, rank: int = 0) -> int:
     """Run the learner of the run in ``run_dir`` until it is over; the body of ``cod learner RUN``.
+
+    Args:
+        run_dir: the run folder.
+        rank: of this process, where the learner has several; rank 0 leads, the others follow.
 
     Returns:
         0: all steps are done, or it was asked to stop.
@@ -270,14 +358,28 @@ def run_learner(run_dir: Path) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     config = load_resolved(run_dir)
     configure_torch(config)
+    if rank:
+        ignore_signals()
+        with naming_lost_ranks():
+            world = World.of_learner(config.learner, rank)
+            trainer, _ = open_tested(run_dir, config, world)
+            follow(world, Follower(run_dir, config, trainer))
+            world.close()
+        return 0
+    num_ranks = config.learner.data_parallel * config.learner.sequence_parallel
     stop = StopWish(config.run.grace_s)
     restore_signals = stop.install()
     port = CoordinatorPort.open(run_dir, config, stop)
     try:
-        learner = start_learner(run_dir, config, port, stop)
-        if learner is not None:
-            learner.run()
+        with naming_lost_ranks():
+            world = World.of_learner(config.learner)
+            learner = start_learner(run_dir, config, port, stop, world)
+            if learner is not None:
+                learner.run()
+            world.close()
     finally:
         port.close()
         restore_signals()
+        if num_ranks > 1:  # a signal on the way out would look as if a rank had been killed
+            ignore_signals()
     return 0

@@ -26,6 +26,8 @@ from cod_async.algo.corrections.segments import (
     segment_log_ratios,
 )
 from cod_async.config.schema import LossConfig
+from cod_async.errors import WorkError
+from cod_async.learner.distillation import bounded_teacher
 from cod_async.learner.packing import FlatRows, MicroBatch, upload
 from cod_kernels import LossOptions
 
@@ -83,6 +85,7 @@ class Objective:
         is_kept: bool [N], which segments the mask leaves in, or None without a mask.
         segment_weights: [N], or None.
         is_weight_outside: bool [N], whether a segment's ratio lay outside the bounds of its weight, or None.
+        teacher: float32 [A], what a step that distills pulls towards (:mod:`.distillation`), or None.
     """
 
     options: LossOptions
@@ -100,6 +103,11 @@ class Objective:
     is_kept: Tensor | None = None
     segment_weights: Tensor | None = None
     is_weight_outside: Tensor | None = None
+    teacher: Tensor | None = None
+
+    def teacher_of(self, batch: MicroBatch) -> Tensor | None:
+        """Return the teachers' log-probs of a micro-batch's action tokens, or None without teachers."""
+        return None if self.teacher is None else self.teacher[batch.actions]
 
     def of(self, batch: MicroBatch) -> dict[str, Any]:
         """Return the arguments of ``linear_segment_loss`` for the tokens of a micro-batch."""
@@ -153,7 +161,24 @@ def make_objective(
         proximal=proximal,
         proximal_mix=mix,
     )
+    if loss.is_distilled:
+        return _distilled(whole, flat)
     return whole if survey is None else _with_segments(loss, whole, survey)
+
+
+def _distilled(whole: Objective, flat: FlatRows) -> Objective:
+    """Return the objective of a step that distills: no advantages, and the teachers to pull towards.
+
+    Raises:
+        WorkError: the items hold no log-probs of teachers.
+    """
+    if flat.teacher_logprobs is None:
+        raise WorkError(
+            'the step has no log-probs of teachers, which loss.preset = "opd" trains on; its segments were '
+            "played without [[distillation.teachers]]"
+        )
+    teacher = bounded_teacher(upload(flat.teacher_logprobs, whole.behavior.device), whole.behavior)
+    return replace(whole, advantages=torch.zeros_like(whole.advantages), teacher=teacher)
 
 
 def _with_segments(loss: LossConfig, whole: Objective, survey: Tensor) -> Objective:

@@ -97,6 +97,7 @@ class CoordinatorPort:
         self._link = link
         self._stop = stop
         self._publishing: Future[Any] | None = None
+        self._dropped: tuple[Version, str] | None = None
         self.counters: dict[str, float] = {}
         self.engine_version: Version | None = None
         link.set_heartbeat(
@@ -126,19 +127,29 @@ class CoordinatorPort:
         """Wait for the batch of the step from ``version``: (plan digest, items sorted by key), or None to
         stop.
         """
-        parts: list[StepBatch] | None = self._wait(
-            self._link.request_future(StepRequest(version=version)), is_interruptible=True
-        )
-        if parts is None:
-            return None
+        while True:
+            parts: list[StepBatch] | None = self._wait(
+                self._link.request_future(StepRequest(version=version)), is_interruptible=True
+            )
+            if parts is None:
+                return None
+            if (version, parts[0].plan_digest) != self._dropped:
+                break  # else: what was sent once more before the plan was dropped arrived only now
         items = sorted((item for part in parts for item in part.items), key=lambda item: item.key)
         return parts[0].plan_digest, items
 
     def step_done(
-        self, version: Version, plan_digest: str, metrics: dict[str, float]
+        self, version: Version, plan_digest: str, metrics: dict[str, float], witness: dict[str, str]
     ) -> Future[StepRecorded]:
         """Report a step that was taken; the answer is waited for with :meth:`recorded`."""
-        return self._link.request_future(StepDone(version=version, plan_digest=plan_digest, metrics=metrics))
+        message = StepDone(version=version, plan_digest=plan_digest, metrics=metrics, witness=witness)
+        return self._link.request_future(message)
+
+    def dropped(self, version: Version, plan_digest: str) -> None:
+        """Report a plan that cannot be trained, and wait until it is dropped."""
+        message = StepDone(version=version, plan_digest=plan_digest, metrics={}, dropped_as="nonfinite")
+        self._wait(self._link.request_future(message))
+        self._dropped = (version, plan_digest)
 
     def recorded(self, future: Future[StepRecorded]) -> bool:
         """Wait until the step is in the run database and return whether it was the last one.

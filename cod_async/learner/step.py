@@ -1,76 +1,54 @@
-"""One step: forward, loss and backward per micro-batch, then AdamW, or nothing at all.
+"""One step: forward, loss and backward over all micro-batches, then the optimizer, or nothing at all.
 
-Only the hidden states that predict action tokens go through the output head, and tokens of segments without
-advantage go through it once, in the forward direction. Gradients of micro-batches add up to the gradient of
-the exact global mean, because every segment's weight comes from the whole of what an optimiser step trains on
-(with ``minibatches_per_step`` above 1, a part of the plan). A loss or gradient that is not finite leaves
-parameters and optimiser untouched.
+With ``minibatches_per_step`` above 1 an optimizer step trains on a part of the plan. With several ranks each
+of them calls :meth:`Trainer.take_step` with the same rows; what it returns is the same on all of them but for
+times. A loss or gradient that is not finite, on whatever rank, leaves parameters and optimizer untouched.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cod_async.algo.corrections.step_size import step_size_factor
 from cod_async.config.schema import LearnerConfig, LossConfig
-from cod_async.errors import NumericsError, WorkError
+from cod_async.errors import InputError, NumericsError, WorkError
+from cod_async.learner.forward import Accumulated, Passes, action_logprobs, predicting_states
 from cod_async.learner.gaps import gap_metrics, gap_sums, token_ess_frac
-from cod_async.learner.objective import Objective, make_objective, needs_start, needs_survey
-from cod_async.learner.packing import (
-    MAX_BUCKET_TOKENS,
-    FlatRows,
-    MicroBatch,
-    micro_batches,
-    split_lifecycles,
-    upload,
-)
-from cod_async.models.qwen3 import Qwen3
-from cod_kernels import (
-    KernelInputError,
-    linear_logprob,
-    linear_segment_loss,
-    merge_metrics,
-    raise_faults,
-    summarize_metrics,
-)
+from cod_async.learner.objective import needs_start
+from cod_async.learner.packing import FlatRows, split_lifecycles, upload
+from cod_async.learner.parallel.optimizers import make_optimizer, parameter_groups
+from cod_async.learner.parallel.shard import Plain, clip_gradients, prepare
+from cod_async.learner.parallel.turns import Sharing, Turn
+from cod_async.learner.parallel.world import World
+from cod_async.learner.rows.plans import choose_layout, row_metrics, token_budget
+from cod_async.learner.timeline import Timeline
+from cod_async.models.layout import LayoutKind
+from cod_async.models.policy import Policy
+from cod_kernels import KernelInputError, merge_metrics, raise_faults, summarize_metrics
+from cod_kernels.segment_loss.op import METRIC_NAMES
+from cod_kernels.segment_loss.reference import NUM_ADDITIVE
 
-
-def predicting_states(model: Qwen3, batch: MicroBatch) -> Tensor:
-    """Return the hidden states that predict a micro-batch's action tokens, [A, H]."""
-    hidden: Tensor = model(batch.input_ids).flatten(0, 1).index_select(0, batch.predictors)
-    return hidden
-
-
-def action_logprobs(
-    model: Qwen3, batch: MicroBatch, temperature: float, *, has_entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Return log-prob (and entropy) of a micro-batch's action tokens under ``model``, float32 [A] each."""
-    hidden = predicting_states(model, batch)
-    result = linear_logprob(
-        hidden, model.head_weight, batch.targets, temperature=temperature, return_entropy=has_entropy
-    )
-    return result if isinstance(result, tuple) else (result, None)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split parameters for AdamW: matrices decay, norms, biases and embeddings do not."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    named = list(model.named_parameters())
-    decays = [p for _, p in named if p.dim() >= 2 and id(p) not in embeddings]
-    others = [p for _, p in named if p.dim() < 2 or id(p) in embeddings]
-    return [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+__all__ = [
+    "Accumulated",
+    "Trainer",
+    "action_logprobs",
+    "learning_rate",
+    "parameter_groups",
+    "predicting_states",
+]
 
 
 def learning_rate(config: LearnerConfig, step: int) -> float:
-    """Return the rate of the optimiser step that turns version ``step`` into ``step + 1`` (linear
+    """Return the rate of the optimizer step that turns version ``step`` into ``step + 1`` (linear
     warm-up).
     """
     if step >= config.warmup_steps:
@@ -78,24 +56,8 @@ def learning_rate(config: LearnerConfig, step: int) -> float:
     return config.lr * (step + 1) / config.warmup_steps
 
 
-class Accumulated(NamedTuple):
-    """What forward and backward over all micro-batches leave behind, on the device.
-
-    Attributes:
-        losses: of the micro-batches; their sum is the step's.
-        metrics: of the micro-batches, for ``merge_metrics``.
-        current: [A] log-probs under the weights being trained, in the order of the step's action tokens.
-        objective: what was trained on.
-    """
-
-    losses: list[Tensor]
-    metrics: list[Tensor]
-    current: Tensor
-    objective: Objective
-
-
 class _Update(NamedTuple):
-    """One optimiser step in numbers; ``metrics`` and ``gaps`` are vectors of sums."""
+    """One optimizer step in numbers; ``metrics`` and ``gaps`` are vectors of sums."""
 
     metrics: Tensor
     gaps: list[float]
@@ -108,59 +70,106 @@ class _Update(NamedTuple):
 
 @dataclass
 class Trainer:
-    """A model and its optimiser.
+    """A model and its optimizer, on one rank or as one of several.
 
     Attributes:
-        model: the policy; float32 parameters.
-        optimizer: AdamW over the groups of :func:`parameter_groups`.
+        model: the policy; float32 parameters, shards of them with several ranks.
+        optimizer: over the groups of :func:`parameter_groups`.
         learner, loss: configuration.
         temperature: of the sampled distribution.
         reference: the starting model when there is a KL term, else None.
+        world: the ranks.
+        compute: the policy as it is computed with.
+        passes: forward, loss and backward over rows.
+        timeline: where the seconds of a step go.
     """
 
-    model: Qwen3
-    optimizer: torch.optim.AdamW
+    model: Policy
+    optimizer: Any
     learner: LearnerConfig
     loss: LossConfig
     temperature: float
-    reference: Qwen3 | None = None
+    reference: Policy | None
+    world: World
+    compute: Plain
+    passes: Passes
+    timeline: Timeline = field(default_factory=Timeline)
 
     @classmethod
     def create(
         cls,
-        model: Qwen3,
+        model: Policy,
         learner: LearnerConfig,
         loss: LossConfig,
         temperature: float,
-        reference: Qwen3 | None = None,
+        reference: Policy | None = None,
+        world: World | None = None,
     ) -> Trainer:
-        """Build the optimiser for ``model``; ``reference`` is frozen."""
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, learner.weight_decay), lr=learner.lr, betas=learner.betas, fused=True
-        )
+        """Build the optimizer for ``model``; ``reference`` is frozen.
+
+        Args:
+            model: the policy, whole and equal on every rank; with several ranks it is sharded here, in place.
+            learner: configuration.
+            loss: the recipe.
+            temperature: of the sampled distribution.
+            reference: the starting model, or None.
+            world: the ranks; this process alone when None.
+
+        Raises:
+            InputError: ranks and the model's layers do not go together.
+        """
+        world = World.alone(model.device) if world is None else world
+        kind = _layout_kind(model, learner, world)
         if reference is not None:
             reference.requires_grad_(False)
-        return cls(model, optimizer, learner, loss, temperature, reference)
+        num_heads, num_kv_heads = _heads(model)
+        sharing = Sharing(
+            world,
+            kind,
+            token_budget(learner, model.device, kind),
+            learner.sequence_mode,
+            num_heads,
+            num_kv_heads,
+        )
+        compute = prepare(model, world, learner)
+        timeline = Timeline(model.device)
+        passes = Passes(
+            compute,
+            None if reference is None else prepare(reference, world, learner),
+            sharing,
+            loss,
+            temperature,
+            timeline,
+        )
+        optimizer = make_optimizer(model, learner)
+        return cls(model, optimizer, learner, loss, temperature, reference, world, compute, passes, timeline)
+
+    @property
+    def kind(self) -> LayoutKind:
+        """How rows lie in a micro-batch."""
+        return self.passes.sharing.kind
 
     @property
     def max_rectangle_tokens(self) -> int:
-        """Token budget of one rectangle: the configured one, on a CPU no more than fits its cache."""
-        configured = self.learner.tokens_per_micro_batch
-        return configured if self.model.device.type != "cpu" else min(configured, MAX_BUCKET_TOKENS)
+        """Token budget of one micro-batch: the configured one, of rectangles on a CPU no more than fits its
+        cache.
+        """
+        return self.passes.sharing.max_tokens
 
     def take_step(self, flat: FlatRows, step: int) -> dict[str, float]:
         """Train on one step's rows.
 
         Args:
-            flat: the whole step.
+            flat: the whole step, the same on every rank.
             step: version step before the update.
 
         Returns:
             Metrics of the step (finite numbers).
 
         Raises:
-            NumericsError: loss, log-ratio or gradient is not finite; parameters and optimiser are as before
-                the optimiser step that failed, which with ``minibatches_per_step`` = 1 is the whole step.
+            NumericsError: loss, log-ratio or gradient is not finite, on every rank if it is on one;
+                parameters and optimizer are as before the optimizer step that failed, which with
+                ``minibatches_per_step`` = 1 is the whole step.
         """
         if flat.num_action_tokens == 0:
             raise WorkError(
@@ -195,10 +204,18 @@ class Trainer:
             "optimizer_s": optimizer_s,
             "train_tokens_per_s": flat.num_tokens / (done - started),
         }
-        return numbers
+        sharing = self.passes.sharing
+        return numbers | row_metrics(
+            flat,
+            sharing.max_tokens,
+            kind=sharing.kind,
+            num_ranks=self.world.data_parallel,
+            is_trained=self._trained_items(flat),
+            multiple=sharing.multiple,
+        )
 
     def _update(self, flat: FlatRows, step: int, start: Tensor | None) -> _Update:
-        """Take one optimiser step, or none at all; the host waits for the device once.
+        """Take one optimizer step, or none at all; the host waits for the device once.
 
         Raises:
             KernelInputError: a value that the loss refuses.
@@ -206,15 +223,14 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         done = self.accumulate(flat, self._trained_items(flat), start)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.learner.grad_clip)
-        metrics = merge_metrics(done.metrics)
-        ends = torch.stack([torch.stack(done.losses).sum().double(), norm.double()])
-        everything = torch.cat([metrics, ends, gap_sums(done.objective, done.current)])
-        raise_faults(self.model.device)  # found on a device while it ran; nothing on a CPU
+        norm = clip_gradients(self.model.parameters(), self.learner.grad_clip, self.world)
+        ends = torch.stack([self._total_loss(done).double(), norm.double()])
+        everything = torch.cat([self._all_metrics(done), ends, gap_sums(done.objective, done.current)])
+        self._raise_faults()
         host = everything.tolist()
-        metrics = torch.tensor(host[: metrics.numel()], dtype=torch.float64)
+        metrics = torch.tensor(host[: len(METRIC_NAMES)], dtype=torch.float64)
         summarize_metrics(metrics)  # refuses what only the device has seen
-        loss, grad_norm, *gaps = host[metrics.numel() :]
+        loss, grad_norm, *gaps = host[len(METRIC_NAMES) :]
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)
             raise NumericsError(
@@ -225,9 +241,44 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         computed = time.perf_counter()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return _Update(metrics, gaps, loss, grad_norm, lr, len(done.losses), time.perf_counter() - computed)
+        with self.timeline.span("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.compute.refresh()
+        return _Update(metrics, gaps, loss, grad_norm, lr, done.num_turns, time.perf_counter() - computed)
+
+    def _total_loss(self, done: Accumulated) -> Tensor:
+        own = torch.stack(done.losses).sum() if done.losses else done.current.new_zeros(())
+        return self.world.add_up(own)
+
+    def _all_metrics(self, done: Accumulated) -> Tensor:
+        """Return the merged metrics of all ranks, in the order of the ranks."""
+        if self.world.size == 1:
+            return merge_metrics(done.metrics)
+        own = merge_metrics(done.metrics) if done.metrics else _no_metrics(self.model.device)
+        return merge_metrics(self.world.collect(own))
+
+    def _raise_faults(self) -> None:
+        """Raise what the kernels found while they ran on a device, on every rank; nothing on a CPU.
+
+        Raises:
+            KernelInputError: what the first rank with a fault found.
+        """
+        if self.world.size == 1 or self.model.device.type == "cpu":
+            raise_faults(self.model.device)
+            return
+        problem = None
+        try:
+            raise_faults(self.model.device)
+        except KernelInputError as error:
+            problem = str(error)
+        problem = self.world.first_problem(problem)
+        if problem is not None:
+            raise KernelInputError(problem)
+
+    def turns(self, flat: FlatRows) -> Iterator[Turn]:
+        """Yield the turns that an optimizer step on these rows has; with several ranks all must ask."""
+        return self.passes.sharing.turns(flat, self.model.device, self._trained_items(flat))
 
     def _trained_items(self, flat: FlatRows) -> npt.NDArray[np.bool_] | None:
         """Return which items get a gradient, for the packing to put the others last; None for all.
@@ -240,25 +291,11 @@ class Trainer:
         is_trained: npt.NDArray[np.bool_] = flat.advantages != 0
         return is_trained
 
-    @torch.no_grad()
     def logprobs(self, flat: FlatRows, is_trained: npt.NDArray[np.bool_] | None = None) -> Tensor:
-        """Return the log-probs of all action tokens under the weights as they are, [A], on the device.
-
-        Args:
-            flat: the rows.
-            is_trained: as of :meth:`accumulate`, whose rectangles this pass has too.
+        """Return the log-probs of all action tokens under the weights as they are, [A], on the device; see
+        :meth:`.forward.Passes.logprobs`.
         """
-        found: Tensor | None = None
-        for batch in micro_batches(flat, self.max_rectangle_tokens, self.model.device, is_trained=is_trained):
-            if batch.targets.numel() == 0:
-                continue
-            part, _ = action_logprobs(self.model, batch, self.temperature)
-            if found is None:
-                found = part.new_zeros(flat.num_action_tokens)
-            found.index_copy_(0, batch.actions, part)
-        if found is None:
-            raise WorkError("there are no action tokens to take log-probs of")
-        return found
+        return self.passes.logprobs(flat, is_trained)
 
     def accumulate(
         self,
@@ -266,52 +303,45 @@ class Trainer:
         is_trained: npt.NDArray[np.bool_] | None = None,
         start: Tensor | None = None,
     ) -> Accumulated:
-        """Run forward and backward over all micro-batches; gradients add up in the parameters.
+        """Run forward and backward over all micro-batches; see :meth:`.forward.Passes.accumulate`."""
+        return self.passes.accumulate(flat, is_trained, start)
 
-        Items that are not trained cost a forward pass, for their metrics. Nothing is read back from a device.
 
-        Args:
-            flat: what one optimiser step trains on.
-            is_trained: bool [N], items that get a gradient; all do when None.
-            start: [A] log-probs under the step's starting weights, where the recipe needs them.
-        """
-        device = self.model.device
-        survey = self.logprobs(flat, is_trained) if needs_survey(self.loss) else None
-        objective = make_objective(self.loss, flat, device, survey=survey, proximal=start)
-        losses: list[Tensor] = []
-        metrics: list[Tensor] = []
-        current: Tensor | None = None
-        for batch in micro_batches(flat, self.max_rectangle_tokens, device, is_trained=is_trained):
-            if batch.targets.numel() == 0:
-                continue
-            reference = None
-            if self.reference is not None:
-                with torch.no_grad():
-                    reference, _ = action_logprobs(self.reference, batch, self.temperature)
-            head = self.model.head_weight
-            with torch.set_grad_enabled(batch.num_trained > 0):
-                hidden = predicting_states(self.model, batch)
-            loss, numbers, logprobs = linear_segment_loss(
-                hidden,
-                head if batch.num_trained > 0 else head.detach(),
-                batch.targets,
-                temperature=self.temperature,
-                reference_logprobs=reference,
-                has_entropy=True,
-                options=objective.options,
-                num_trained=batch.num_trained,
-                **objective.of(batch),
-            )
-            if batch.num_trained > 0:
-                loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            metrics.append(numbers)
-            if current is None:
-                current = logprobs.new_zeros(flat.num_action_tokens)
-            current.index_copy_(0, batch.actions, logprobs)
-        if current is None:
-            raise WorkError("there are no action tokens to train on")
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and parameter.grad is None:  # no item has an advantage
-                parameter.grad = torch.zeros_like(parameter)
-        return Accumulated(losses, metrics, current, objective)
+def _no_metrics(device: torch.device) -> Tensor:
+    """Return the metrics of no tokens: they change nothing that they are merged with."""
+    found = torch.zeros(len(METRIC_NAMES), dtype=torch.float64)
+    found[NUM_ADDITIVE] = -torch.inf
+    found[NUM_ADDITIVE + 1 :] = torch.inf
+    return found.to(device)
+
+
+def _layout_kind(model: Policy, learner: LearnerConfig, world: World) -> LayoutKind:
+    """Return how rows will lie.
+
+    Raises:
+        InputError: ranks cannot share the tokens of this model's rows.
+    """
+    if (world.data_parallel, world.sequence_parallel) != (learner.data_parallel, learner.sequence_parallel):
+        raise InputError(
+            f"there are {world.data_parallel} x {world.sequence_parallel} ranks, but the configuration has "
+            f"learner.data_parallel = {learner.data_parallel} and learner.sequence_parallel = "
+            f"{learner.sequence_parallel}; start as many as it says"
+        )
+    is_recurrent = model.is_recurrent
+    if world.sequence_parallel == 1:
+        return choose_layout(learner, model.device, is_recurrent=is_recurrent)
+    if is_recurrent:
+        raise InputError(
+            f"learner.sequence_parallel: {world.sequence_parallel} ranks cannot share the rows of this "
+            "model, whose recurrent layers carry a state from token to token; use learner.data_parallel"
+        )
+    return "packed"
+
+
+def _heads(model: Policy) -> tuple[int, int]:
+    """Return query heads and key heads of a policy's attention."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    num_heads = int(getattr(config, "num_attention_heads", 1))
+    return num_heads, int(getattr(config, "num_key_value_heads", None) or num_heads)

@@ -59,6 +59,11 @@ class TextTokenizer:
         """Number of ids, added tokens included (the embedding of a model may be larger)."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def tokens(self) -> dict[int, str]:
+        """What each id stands for, added tokens included; equal in tokenizers whose ids mean the same."""
+        return {number: token for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items()}
+
     def encode(self, text: str) -> list[int]:
         """Encode a message text; the result contains no control token, whatever the text says."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

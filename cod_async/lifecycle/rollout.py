@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 
 from cod_async.config.schema import LifecycleConfig
@@ -111,7 +111,7 @@ async def play(
     max_context_tokens: int,
     before_episode: Callable[[int], Awaitable[None]] | None = None,
     shown_hint: ShownHint | None = None,
-) -> AsyncIterator[Segment]:
+) -> AsyncGenerator[Segment, None]:
     """Play a lifecycle from ``state`` to its end, yielding every episode as a sealed segment.
 
     To go on after a failure, call it again with the ``state_after`` of the last segment and a *fresh*

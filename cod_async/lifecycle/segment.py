@@ -70,6 +70,8 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         planes: optional named per-token byte planes [T] (reserved: MoE router choices, other scores).
         parent: with carry ``transcript``, the sequence that ``token_ids`` goes on from (then all of the above
             count from its end); None for a row that stands for itself.
+        teacher_logprobs: float32 [A], of the same action tokens under the teacher of the row's environment,
+            after the same temperature; unset, and left out on the wire, in runs that distill nothing.
     """
 
     token_ids: Array
@@ -78,6 +80,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     versions: tuple[VersionSpan, ...]
     planes: dict[str, Array] = {}
     parent: RowParent | None = None
+    teacher_logprobs: Array | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def num_tokens(self) -> int:
@@ -185,6 +188,17 @@ class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: dict[str, float] = {}
     wall_s: float = 0.0
     adapter: str | None = None
+
+    @property
+    def teacher_gap_nats(self) -> float | None:
+        """Mean of behaviour - teacher log-prob over its action tokens; None without a teacher or tokens."""
+        gaps = [
+            row.behavior_logprobs.numpy().astype("<f8") - row.teacher_logprobs.numpy()
+            for row in self.rows
+            if row.teacher_logprobs is not msgspec.UNSET
+        ]
+        num_tokens = sum(gap.size for gap in gaps)
+        return float(sum(gap.sum() for gap in gaps)) / num_tokens if num_tokens else None
 
     @property
     def num_tokens(self) -> int:

@@ -1,9 +1,10 @@
-"""Hugging Face model directories, in and out.
+"""Qwen3 model directories, in and out, and tensors that are brought to a Qwen3 model as it stands.
 
 A model directory is ``config.json`` and ``model.safetensors`` (or shards with an index), plus whatever the
-tokenizer put beside them. Loading is strict: every tensor of the architecture must be there with its shape,
-nothing else may be, and all problems are listed at once. Nothing is ever unpickled. Saving writes every file
-under a temporary name, flushes it to disk and renames it, so a crash leaves the old file or the new one.
+tokenizer put beside them. Loading is strict (:mod:`cod_async.models.loading`): every tensor of the
+architecture must be there with its shape, nothing else may be, and all problems are listed at once. Nothing
+is ever unpickled. Saving writes every file under a temporary name, flushes it to disk and renames it, so a
+crash leaves the old file or the new one.
 """
 
 from __future__ import annotations
@@ -14,20 +15,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from cod_async.durable import write_atomic
 from cod_async.errors import InputError
+from cod_async.models.export import weights_of
+from cod_async.models.loading import fill_policy
 from cod_async.models.qwen3 import Qwen3, Qwen3Config
+from cod_async.models.stored import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    StoredWeights,
+    raise_problems,
+    read_json,
+)
+from cod_async.models.supported import NATIVE_ARCHITECTURE, not_plain_qwen3
 
-ARCHITECTURE = "Qwen3ForCausalLM"
+__all__ = [
+    "ARCHITECTURE",
+    "CONFIG_FILE",
+    "GENERATION_FILE",
+    "INDEX_FILE",
+    "WEIGHTS_FILE",
+    "build_qwen3",
+    "check_weights",
+    "config_from_dir",
+    "config_to_json",
+    "load_model",
+    "save_model",
+    "set_weights",
+    "weights_of",
+]
+
+ARCHITECTURE = NATIVE_ARCHITECTURE
 """The one architecture this module knows, as ``config.json`` spells it."""
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 
 _REQUIRED = (
@@ -47,7 +71,6 @@ _DTYPES = {
 }
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-_MAX_LISTED = 20
 
 
 def save_model(path: Path, model: Qwen3) -> None:
@@ -94,26 +117,20 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32, device: str = 
         InputError: a file is missing or damaged, the architecture is not supported, or tensors are missing,
             unknown or of the wrong shape; all problems that can be seen are listed.
     """
-    config = config_from_dir(path)
-    tensors = _read_weights(path)
-    with torch.device("meta"):
-        model = Qwen3(config)
-    model.to_empty(device=device)
-    model.to(dtype)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    set_weights(model, tensors, source=str(path))
+    model = build_qwen3(path)
+    fill_policy(model, StoredWeights(path), dtype=dtype, device=torch.device(device))
     return model.eval()
 
 
-def weights_of(model: Qwen3) -> dict[str, Tensor]:
-    """Return the model's stored tensors by Hugging Face name: detached, sharing memory, a tied head left
-    out.
+def build_qwen3(path: Path) -> Qwen3:
+    """Build the model of ``path/config.json`` without weights, on the meta device.
+
+    Raises:
+        InputError: as :func:`config_from_dir`.
     """
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        tensors.pop(_HEAD, None)
-    return tensors
+    config = config_from_dir(path)
+    with torch.device("meta"):
+        return Qwen3(config)
 
 
 def check_weights(config: Qwen3Config, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -150,12 +167,7 @@ def set_weights(model: Qwen3, tensors: Mapping[str, Tensor], *, source: str) -> 
     Raises:
         InputError: all problems, each naming ``source`` and the tensor.
     """
-    problems = check_weights(model.config, tensors)
-    if problems:
-        listed = [f"{source}: {problem}" for problem in problems[:_MAX_LISTED]]
-        if len(problems) > _MAX_LISTED:
-            listed.append(f"{source}: and {len(problems) - _MAX_LISTED} more problems with tensors")
-        raise InputError(listed)
+    raise_problems(source, check_weights(model.config, tensors))
     for name, parameter in weights_of(model).items():
         parameter.copy_(tensors[name])
 
@@ -188,15 +200,11 @@ def config_from_dir(path: Path) -> Qwen3Config:
             or it uses a variant that is not implemented (attention bias, sliding window, scaled rotary,
             another activation).
     """
-    raw = _read_json(path / CONFIG_FILE)
+    raw = read_json(path / CONFIG_FILE)
     where = path / CONFIG_FILE
-    architectures = raw.get("architectures") or []
-    if architectures != [ARCHITECTURE]:
-        found = (
-            ", ".join(map(str, architectures)) or f"model_type {raw.get('model_type')!r}, no architectures"
-        )
-        raise InputError(f"{where}: architecture {found} is not supported; this project loads {ARCHITECTURE}")
-    problems = _unsupported(raw)
+    problems = not_plain_qwen3(raw)
+    if raw.get("architectures") != [ARCHITECTURE]:
+        raise InputError(f"{where}: {problems[0]}")
     kwargs: dict[str, Any] = {}
     for name in (*_REQUIRED, "max_position_embeddings"):
         value = raw.get(name)
@@ -224,66 +232,6 @@ def config_from_dir(path: Path) -> Qwen3Config:
         return Qwen3Config(**kwargs)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
-
-
-def _unsupported(raw: Mapping[str, Any]) -> list[str]:
-    """List the options of a config that this implementation would silently get wrong."""
-    problems = []
-    if raw.get("attention_bias"):
-        problems.append("attention_bias true is not supported")
-    if raw.get("use_sliding_window"):
-        problems.append("use_sliding_window true is not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is")
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    for kind in (rope.get("rope_type", "default"), scaling.get("rope_type", scaling.get("type", "default"))):
-        if kind != "default":
-            problems.append(f"rotary type {kind!r} is not supported; only 'default' is")
-    if raw.get("quantization_config"):
-        problems.append("quantized weights are not supported")
-    return problems
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; a model directory needs it") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, holds {type(value).__name__}")
-    return value
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Read one safetensors file, or all shards that an index names."""
-    if (path / WEIGHTS_FILE).exists():
-        files = [WEIGHTS_FILE]
-    elif (path / INDEX_FILE).exists():
-        weight_map = _read_json(path / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{path / INDEX_FILE} has no weight_map")
-        files = sorted({str(name) for name in weight_map.values()})
-        outside = [name for name in files if Path(name).name != name]
-        if outside:
-            raise InputError(
-                [f"{path / INDEX_FILE}: shard {name!r} is not a plain file name" for name in outside]
-            )
-    else:
-        raise InputError(f"{path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; weights must be safetensors")
-    missing = [name for name in files if not (path / name).is_file()]
-    if missing:
-        raise InputError([f"{path / name} does not exist although the index names it" for name in missing])
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        try:
-            with safe_open(path / name, framework="pt") as file:
-                tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path / name} is not a readable safetensors file: {error}") from error
-    return tensors
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:

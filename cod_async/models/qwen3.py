@@ -3,7 +3,8 @@
 One model class serves the learner, the embedded engine and the bootstrap: grouped-query attention with an
 RMSNorm on every query and key head, rotary positions, SwiGLU and pre-norm residual blocks (Qwen3 technical
 report, arXiv 2505.09388). Parameter names and shapes are those of ``Qwen3ForCausalLM`` in transformers, so a
-directory written by :mod:`cod_async.models.directory` is an ordinary Hugging Face model.
+directory written by :mod:`cod_async.models.directory` is an ordinary Hugging Face model. How rows lie in a
+micro-batch is told by a :class:`~cod_async.models.layout.Layout`, which only attention reads.
 :meth:`Qwen3.forward` stops at the last hidden states; logits or log-probs are made by whoever needs them (a
 fused kernel, a sampler), because ``T x vocabulary`` numbers are the largest thing in the whole system.
 """
@@ -16,6 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from cod_async.models.attention import attend
+from cod_async.models.attention.rows import longest_row
+from cod_async.models.layout import RECTANGLE, Layout
+from cod_async.models.policy import Policy
 
 _SIZES = (
     "vocab_size",
@@ -131,8 +137,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attend within each row of ``x`` [B, T, H]; ``cos``, ``sin`` are [T, head_dim // 2]."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout = RECTANGLE) -> Tensor:
+        """Attend within each row of ``x`` [B, T, H]; ``cos``, ``sin`` fit [B, heads, T, head_dim // 2]."""
         batch, length, _ = x.shape
         query = self.q_norm(self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)).transpose(1, 2)
         key = self.k_norm(self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)).transpose(
@@ -140,11 +146,8 @@ class Attention(nn.Module):
         )
         value = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        groups = self.num_heads // self.num_kv_heads
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        mixed = attend(query, key, value, layout, scale=self.head_dim**-0.5)
+        out: Tensor = self.o_proj(mixed.reshape(batch, length, -1))
         return out
 
 
@@ -173,9 +176,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout = RECTANGLE) -> Tensor:
         """Return the residual stream [B, T, H] after attention and feed-forward."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -190,7 +193,7 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Qwen3(nn.Module):
+class Qwen3(Policy):
     """A causal language model up to its last hidden states.
 
     The constructor draws initial weights in the way that lets tiny models learn look-ups quickly: embeddings
@@ -229,29 +232,28 @@ class Qwen3(nn.Module):
         return self.lm_head.weight
 
     @property
-    def device(self) -> torch.device:
-        """Where the parameters live."""
-        return self.lm_head.weight.device
+    def blocks(self) -> list[nn.Module]:
+        """The layers, in order."""
+        return list(self.model.layers)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the parameters."""
-        return self.lm_head.weight.dtype
-
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, layout: Layout = RECTANGLE) -> Tensor:
         """Return the hidden states after the final norm.
 
         Args:
-            input_ids: int64 [B, T], rows starting at position 0. Pad short rows on the right with any valid
-                id: under the causal mask padding never reaches a real token.
+            input_ids: int64 [B, T]. In a rectangle rows start at position 0 and short ones are padded on the
+                right with any valid id: under the causal mask padding never reaches a real token.
+            layout: how rows lie.
 
         Returns:
             [B, T, hidden_size] in the parameters' dtype; what stands at padded positions is meaningless.
+
+        Raises:
+            ValueError: the layout does not fit ``input_ids``.
         """
         x = self.model.embed_tokens(input_ids)
-        cos, sin = self.rotary(input_ids.shape[1])
+        cos, sin = self._angles(input_ids, layout, x.dtype)
         for block in self.model.layers:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, layout)
         out: Tensor = self.model.norm(x)
         return out
 
@@ -259,19 +261,33 @@ class Qwen3(nn.Module):
         """Return logits [B, T, vocab_size]; for tests and small inputs."""
         return functional.linear(self(input_ids), self.head_weight)
 
-    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return the rotary table of positions 0 .. length - 1 in the parameters' dtype; grown by
+    def rotary(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the rotary table of positions 0 .. length - 1, [length, head_dim // 2] each; grown by
         doubling.
         """
         table = self._rotary
         if (
             table is None
             or table[0].shape[0] < length
-            or table[0].device != self.device
-            or table[0].dtype != self.dtype
+            or table[0].device != device
+            or table[0].dtype != dtype
         ):
             size = max(64, 1 << (length - 1).bit_length())
             cos, sin = rotary_table(self.config.head_dim, self.config.rope_theta, size)
-            table = (cos.to(self.device, self.dtype), sin.to(self.device, self.dtype))
+            table = (cos.to(device, dtype), sin.to(device, dtype))
             self._rotary = table
         return table[0][:length], table[1][:length]
+
+    def _angles(self, input_ids: Tensor, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of each token's position, for tensors [B, heads, T, head_dim // 2]."""
+        positions = layout.position_ids
+        if positions is None:
+            if layout.kind != "rectangle":
+                raise ValueError(f"the {layout.kind} layout needs position_ids: rows begin anywhere in it")
+            return self.rotary(input_ids.shape[1], input_ids.device, dtype)
+        if layout.kind == "rectangle":
+            length = int(positions.max()) + 1
+        else:  # known on the host; the largest position would have to be fetched from the device
+            length = longest_row(layout.lengths, layout.parents)
+        cos, sin = self.rotary(length, input_ids.device, dtype)
+        return cos[positions][:, None], sin[positions][:, None]

@@ -14,8 +14,10 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from cod_async.errors import StoreError
+from cod_async.store.copies import DatabaseCopies
 from cod_async.store.history import HistoryTable
 from cod_async.store.schema import DATABASE_NAME, connect_writer
 from cod_async.store.segments import SegmentTable
@@ -104,6 +106,10 @@ class RunStore:
                     f"{self.path}: not written ({error}); free disk space or check the disk"
                 ) from error
             raise
+
+    def copies(self, run: str, keep: Literal["none", "newest", "all"]) -> DatabaseCopies:
+        """Return what copies this database beside checkpoints; close it before the store."""
+        return DatabaseCopies(self._connection, self.path.parent, run, keep)
 
     def get_meta(self, name: str) -> str | None:
         """Return a run-wide value, or None."""

@@ -74,9 +74,14 @@ class HistoryTable:
         return None if found is None else (int(found[0]), int(found[1]), int(found[2]))
 
     def open_lineage(self, parent: int | None, branch_step: int, nonce: str, num_rolled_back: int) -> int:
-        """Add a lineage and return its number."""
+        """Add a lineage and return its number.
+
+        It is one more than the newest, or a higher one where lineages are known to have been lost with a
+        database (``meta``: ``min_lineage``).
+        """
         current = self.current_lineage()
-        lineage = 0 if current is None else current + 1
+        found = self._connection.execute("SELECT value FROM meta WHERE name = 'min_lineage'").fetchone()
+        lineage = max(0 if current is None else current + 1, 0 if found is None else int(found[0]))
         self._connection.execute(
             "INSERT INTO lineages VALUES (?, ?, ?, ?, ?, ?)",
             (lineage, parent, branch_step, nonce, num_rolled_back, time.time()),
@@ -267,6 +272,38 @@ class HistoryTable:
             "(SELECT DISTINCT grp FROM step_items WHERE lineage = ? AND step = ?)",
             (lineage, step),
         )
+
+    def drop_plan(self, version: Version, reason: str) -> list[SegmentKey]:
+        """Undo a plan that was not trained and will not be: another one can be made for its step.
+
+        Returns:
+            The segments that were planned; they are ready now, and the caller drops them. Segments that the
+            plan would have used again stay trained.
+        """
+        at = (version.lineage, version.step)
+        fresh = [item.key for item in self.items(version) if not item.is_replay]
+        self._connection.execute(
+            "INSERT INTO dropped_plans SELECT lineage, step, plan_digest, ?3, ?4, "
+            "(SELECT coalesce(sum(num_action_tokens), 0) FROM step_items JOIN segments "
+            "USING (grp, member, ordinal) WHERE lineage = ?1 AND step = ?2), ?5 "
+            "FROM steps WHERE lineage = ?1 AND step = ?2",
+            (*at, reason, len(fresh), time.time()),
+        )
+        self._release(*at)
+        for table in ("step_items", "step_replays", "steps"):
+            self._connection.execute(
+                f"DELETE FROM {table} WHERE lineage = ? AND step = ?",  # noqa: S608  (one of three constants)
+                at,
+            )
+        return fresh
+
+    def has_dropped_plan(self, version: Version, plan_digest: str) -> bool:
+        """Say whether this plan was dropped."""
+        found = self._connection.execute(
+            "SELECT 1 FROM dropped_plans WHERE lineage = ? AND step = ? AND plan_digest = ?",
+            (version.lineage, version.step, plan_digest),
+        ).fetchone()
+        return found is not None
 
     def roll_back(self, parent: int | None, branch_step: int) -> int:
         """Make (``parent``, ``branch_step``) the end of history, before a new lineage opens there.

@@ -213,4 +213,8 @@ def _token_row(row: Row) -> dict[str, Any]:
         "action_spans": [list(span) for span in row.action_spans],
         "behavior_logprobs": row.behavior_logprobs.numpy().tolist(),
         "versions": [[str(span.version), span.num_tokens] for span in row.versions],
-    }
+    } | (
+        {}
+        if row.teacher_logprobs is msgspec.UNSET
+        else {"teacher_logprobs": row.teacher_logprobs.numpy().tolist()}
+    )

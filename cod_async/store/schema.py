@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cod_async.errors import StoreError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 DATABASE_NAME = "run.sqlite"
 """File name of the database inside a run folder."""
 
@@ -175,6 +175,16 @@ CREATE TABLE steps (
     PRIMARY KEY (lineage, step)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX steps_unreported ON steps (lineage, step) WHERE state = 'done' AND is_reported = 0;
+
+CREATE TABLE dropped_plans (
+    lineage INTEGER NOT NULL REFERENCES lineages (lineage),
+    step INTEGER NOT NULL,
+    plan_digest TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    num_segments INTEGER NOT NULL, num_action_tokens INTEGER NOT NULL,
+    dropped_at REAL NOT NULL,
+    PRIMARY KEY (lineage, step, plan_digest)
+) STRICT, WITHOUT ROWID;
 
 CREATE TABLE step_items (
     lineage INTEGER NOT NULL, step INTEGER NOT NULL,

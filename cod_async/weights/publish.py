@@ -71,20 +71,10 @@ def publish(
         OSError: the disk is full or not writable; nothing was published.
     """
     digest = tensors_digest(tensors)
+    existing = published_before(run_dir, run, version, digest)
+    if existing is not None:
+        return existing
     folder = run_dir / version_folder(version)
-    if folder.exists():
-        try:
-            existing = read_manifest(run_dir, version)
-        except WeightsError:
-            remove_folder(folder)
-        else:
-            if existing.digest == digest and existing.run == run:
-                return existing
-            raise WeightsError(
-                f"version {version} was published before with other weights "
-                f"({existing.digest[:12]} instead of {digest[:12]}); open a new lineage "
-                "instead of publishing it again"
-            )
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -108,3 +98,25 @@ def publish(
     commit_folder(temporary, folder)
     prune(run_dir, keep_versions)
     return manifest
+
+
+def published_before(run_dir: Path, run: str, version: Version, digest: str) -> Manifest | None:
+    """Return the manifest of a version that was published before; None, and its place free, if it was not.
+
+    Raises:
+        WeightsError: it was published with other weights than those of ``digest``.
+    """
+    folder = run_dir / version_folder(version)
+    if not folder.exists():
+        return None
+    try:
+        existing = read_manifest(run_dir, version)
+    except WeightsError:
+        remove_folder(folder)
+        return None
+    if existing.digest == digest and existing.run == run:
+        return existing
+    raise WeightsError(
+        f"version {version} was published before with other weights ({existing.digest[:12]} instead of "
+        f"{digest[:12]}); open a new lineage instead of publishing it again"
+    )

@@ -29,6 +29,10 @@ Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Text = Annotated[str, Meta(max_length=4096)]
 Numbers = Annotated[dict[Annotated[str, Meta(max_length=128)], float], Meta(max_length=1024)]
 """Counters and metrics by name. Bounded, because the coordinator writes them down."""
+Witness = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=256)]], Meta(max_length=32)
+]
+"""Digests and conditions of a step by name; see :mod:`cod_async.learner.witness`."""
 Role = Literal["actor", "learner", "observer"]
 
 
@@ -123,11 +127,17 @@ class StepRequest(_Message, frozen=True, tag="step_request"):
 class StepDone(_Message, frozen=True, tag="step_done"):
     """The optimiser step from ``version`` was taken on the plan with ``plan_digest``; answered by
     StepRecorded.
+
+    With ``dropped_as`` it was not taken and never will be: the plan's segments are dropped by this name, the
+    version stays what it is, and the next StepRequest gets another plan. ``witness`` is what a replay of the
+    step is compared with. Both are left out where they are not needed.
     """
 
     version: Version
     plan_digest: str
     metrics: Numbers
+    dropped_as: Literal["nonfinite"] | msgspec.UnsetType = msgspec.UNSET
+    witness: Witness | msgspec.UnsetType = msgspec.UNSET
 
 
 class Published(_Message, frozen=True, tag="published"):
@@ -293,6 +303,7 @@ class TrainItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         lag_steps: learner step minus the step of its oldest token.
         is_context: not selected, and sent only because selected segments of the same transcript go on from
             it; its tokens carry no loss.
+        environment: NAME.PRESET, whose teacher scored it; unset, and left out, in runs that distill nothing.
     """
 
     key: SegmentKey
@@ -302,6 +313,7 @@ class TrainItem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     advantage: float
     lag_steps: float
     is_context: bool = False
+    environment: Text | msgspec.UnsetType = msgspec.UNSET
 
 
 class StepBatch(_Message, frozen=True, tag="step_batch"):
@@ -328,10 +340,14 @@ class LineageOpened(_Message, frozen=True, tag="lineage_opened"):
 
 
 class StepRecorded(_Message, frozen=True, tag="step_recorded"):
-    """The step's segments are marked trained; ``should_stop`` asks the learner to checkpoint and finish."""
+    """The step's segments are marked trained; ``should_stop`` asks the learner to checkpoint and finish.
+
+    ``dropped_plan`` is the digest of the plan that was dropped, in answers to a StepDone with ``dropped_as``.
+    """
 
     version: Version
     should_stop: bool = False
+    dropped_plan: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class PublishRecorded(_Message, frozen=True, tag="publish_recorded"):

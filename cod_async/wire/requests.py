@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from msgspec import UNSET
+
 from cod_async.wire.messages import (
     Checkpointed,
     LeaseRequest,
@@ -51,7 +53,9 @@ def answers(request: Request, reply: ToClient) -> bool:
         case StepRequest(), StepBatch():
             return reply.version == request.version
         case StepDone(), StepRecorded():
-            return reply.version == request.version
+            # a version may have several plans that are dropped, and one that is trained
+            dropped = UNSET if request.dropped_as is UNSET else request.plan_digest
+            return reply.version == request.version and reply.dropped_plan == dropped
         case Published(), PublishRecorded():
             return reply.version == request.manifest.version
         case Checkpointed(), PublishRecorded():

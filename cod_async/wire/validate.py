@@ -12,8 +12,10 @@ import math
 import re
 
 import numpy as np
+from msgspec import UNSET
 
 from cod_async.errors import WireError
+from cod_async.lifecycle.arrays import Array
 from cod_async.lifecycle.segment import LifecycleState, Row, Segment, Version, kind_and_position, num_episodes
 from cod_async.lifecycle.transcript import mark_after
 
@@ -37,6 +39,7 @@ def validate_segment(
     newest: Version | None = None,
     logprob_epsilon: float = 1e-6,
     is_transcript: bool = False,
+    is_distilled: bool = False,
 ) -> None:
     """Check one segment's claims; return nothing if it may be trained on.
 
@@ -52,12 +55,14 @@ def validate_segment(
         newest: newest policy version that was published; a token from a later one is refused.
         logprob_epsilon: a log-prob may exceed 0 by this much (rounding in the engine), in nats.
         is_transcript: whether segments are deltas of a growing conversation (carry ``transcript``).
+        is_distilled: whether the run distills, so that every row has log-probs of a teacher, and none else.
 
     Raises:
         WireError: with one of the codes ``wrong_run``, ``bad_name``, ``bad_key``, ``bad_kind``,
             ``bad_position``, ``bad_state``, ``bad_is_last``, ``bad_reward``, ``bad_metrics``, ``bad_rows``,
             ``bad_dtype``, ``bad_spans``, ``bad_logprobs``, ``bad_token_ids``, ``bad_versions``,
-            ``bad_planes``, ``bad_transcript``, ``row_too_long``, ``future_version``, ``no_action_tokens``.
+            ``bad_planes``, ``bad_teacher``, ``bad_transcript``, ``row_too_long``, ``future_version``,
+            ``no_action_tokens``.
     """
     if segment.run != run:
         raise WireError("wrong_run", f"segment of run {segment.run!r}, this is run {run!r}")
@@ -68,7 +73,8 @@ def validate_segment(
         raise WireError("bad_rows", f"{len(segment.rows)} rows, at most {max_rows} are allowed")
     for row in segment.rows:
         _check_row(row, vocab_size, max_context_tokens)
-        _check_logprobs(row, logprob_epsilon)
+        _check_logprobs(row.behavior_logprobs, "bad_logprobs", logprob_epsilon)
+        _check_teacher(row, logprob_epsilon, is_distilled)
         _check_versions(row, newest)
     _check_transcript(segment, is_transcript)
     # An episode whose first prompt does not fit the context generates nothing; every other one must.
@@ -187,15 +193,32 @@ def _check_transcript(segment: Segment, is_transcript: bool) -> None:
             raise WireError("bad_transcript", f"its delta does not lead to the state's mark {after.mark}")
 
 
-def _check_logprobs(row: Row, epsilon: float) -> None:
-    if row.num_action_tokens == 0:
+def _check_teacher(row: Row, epsilon: float, is_distilled: bool) -> None:
+    """A run that distills has a teacher's log-prob of every action token, any other run has none."""
+    teacher = row.teacher_logprobs
+    if teacher is UNSET:
+        if is_distilled:
+            raise WireError("bad_teacher", "a row without its teacher's log-probs, in a run that distills")
         return
-    logprobs = np.frombuffer(row.behavior_logprobs.data, _FLOAT32)
+    if not is_distilled:
+        raise WireError("bad_teacher", "a teacher's log-probs, in a run that distills nothing")
+    if teacher.dtype != "<f4" or teacher.length != row.num_action_tokens:
+        raise WireError(
+            "bad_teacher",
+            f"{teacher.length} x {teacher.dtype} of a teacher for {row.num_action_tokens} action tokens",
+        )
+    _check_logprobs(teacher, "bad_teacher", epsilon)
+
+
+def _check_logprobs(array: Array, code: str, epsilon: float) -> None:
+    if array.length == 0:
+        return
+    logprobs = np.frombuffer(array.data, _FLOAT32)
     # NaN fails every comparison, so that one pass over the extremes covers NaN, both infinities and positive
     # values.
     if not (logprobs.min() > -math.inf and logprobs.max() <= epsilon):
         worst = logprobs[~np.isfinite(logprobs) | (logprobs > epsilon)][0]
-        raise WireError("bad_logprobs", f"log-prob {worst}, must be finite and at most {epsilon}")
+        raise WireError(code, f"log-prob {worst}, must be finite and at most {epsilon}")
 
 
 def _check_versions(row: Row, newest: Version | None) -> None:

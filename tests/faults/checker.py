@@ -228,7 +228,7 @@ def _check_chain(
             return
     last: At | None = None
     for folder in sorted((run / "checkpoints").glob("step_*-L*")):
-        if folder.suffix == ".tmp":
+        if folder.suffix in (".tmp", ".partial"):
             continue
         record = json.loads((folder / "trainer.json").read_text())
         line, step = int(record["version"]["lineage"]), int(record["version"]["step"])

@@ -160,10 +160,11 @@ class Kill:
     is_balanced: bool = False
 
 
-def digest_tensors(path: Path) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes of the tensors in a safetensors file."""
+def digest_tensors(folder: Path) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of the tensors that one rank wrote."""
     hasher = hashlib.sha256()
-    for name, array in sorted(load_file(path).items()):
+    arrays = {name: array for path in folder.iterdir() for name, array in load_file(path).items()}
+    for name, array in sorted(arrays.items()):
         hasher.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         hasher.update(array.tobytes())
     return hasher.hexdigest()
@@ -212,8 +213,8 @@ def collect(run_dir: Path, num_steps: int) -> RunDigests:
     for version in saved:
         folder = checkpoint_of(run_dir, version)
         if version.step % (num_steps // 2) == 0 and folder.is_dir():
-            digests.parameters[version.step] = digest_tensors(folder / "model.safetensors")
-            digests.optimizer[version.step] = digest_tensors(folder / "optimizer.safetensors")
+            digests.parameters[version.step] = digest_tensors(folder / "weights")
+            digests.optimizer[version.step] = digest_tensors(folder / "optimizer")
     return digests
 
 

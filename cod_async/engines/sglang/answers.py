@@ -87,6 +87,7 @@ class _Span(msgspec.Struct, frozen=True, kw_only=True):
 class _Meta(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: _Finish | None
     output_token_logprobs: list[tuple[float | None, int, Any]] | None = None
+    input_token_logprobs: list[tuple[float | None, int, Any]] | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int = 0
@@ -199,6 +200,37 @@ def generated_of(
         num_cached_tokens=meta.cached_tokens,
         num_retractions=meta.num_retractions,
     )
+
+
+def prompt_logprobs_of(
+    answer: GenerateAnswer, row: Sequence[int], start: int, vocab_size: int
+) -> tuple[list[float], str]:
+    """Return the log-probs of ``row[start + 1:]``, and the label of the weights that they are of.
+
+    Args:
+        answer: to a request with ``logprob_start_len`` = ``start``.
+        row: its prompt.
+        start: >= 0; the token there has nothing that it could follow from, and no log-prob.
+        vocab_size: of the model.
+
+    Raises:
+        AnswerError: too few, or of other tokens, or no such things.
+    """
+    meta = answer.meta_info
+    if meta is None or meta.finish_reason is None:
+        raise AnswerError("it ended without meta_info or finish_reason")
+    if meta.finish_reason.type == "abort":
+        raise AnswerError(f"it was aborted: {meta.finish_reason.message}")
+    if meta.prompt_tokens not in (None, len(row)):
+        raise AnswerError(f"it counts {meta.prompt_tokens} prompt tokens, {len(row)} were sent")
+    triples, ids = (meta.input_token_logprobs or [])[1:], list(row[start + 1 :])
+    if len(triples) == len(ids):  # the server calls the last id of a vocabulary 0, as it does padding
+        shown = [
+            0 if (token, asked) == (0, vocab_size - 1) else asked
+            for (_, token, _), asked in zip(triples, ids, strict=True)
+        ]
+        return _checked_logprobs(triples, shown), meta.weight_version or ""
+    raise AnswerError(f"it has {len(triples)} log-probs of the prompt for {len(ids)} tokens")
 
 
 def _checked_logprobs(triples: Sequence[tuple[float | None, int, Any]], ids: list[int]) -> list[float]:

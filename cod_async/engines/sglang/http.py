@@ -34,13 +34,23 @@ class ServerHttp:
         url: ``http://HOST:PORT`` or ``https://…``, without a path.
         api_key, admin_key: bearer keys; empty: none. Control requests use the admin key if there is one.
         connect_timeout_s: longest time to open a connection.
+        section: of the configuration, that names the keys.
 
     Raises:
         EngineMismatchError: not such a url, or a key that cannot be sent.
     """
 
-    def __init__(self, url: str, *, api_key: str, admin_key: str, connect_timeout_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str,
+        admin_key: str,
+        connect_timeout_s: float,
+        section: str = "engine.server",
+    ) -> None:
         self.url = _checked_url(url)
+        self._section = section
         self._keys = [_checked_key(key) for key in (api_key, admin_key) if key]
         self._headers = {False: _bearer(api_key), True: _bearer(admin_key or api_key)}
         self._connect_timeout_s = connect_timeout_s
@@ -127,7 +137,7 @@ class ServerHttp:
         text = f"{self.url}{path} answered {status}: {self.cleaned(said)}"
         if status in (401, 403):
             which = "admin_key_env" if is_admin else "api_key_env"
-            return EngineMismatchError(f"{text}; it wants another key: see engine.server.{which}")
+            return EngineMismatchError(f"{text}; it wants another key: see {self._section}.{which}")
         if 300 <= status < 500 and status not in _PASSING_STATUSES:
             return EngineRefusedError(text)
         return EngineDownError(text)

@@ -1,4 +1,4 @@
-"""The example of docs/losses.md, from credit to loss: its numbers are read and computed again."""
+"""The example of docs/losses/README.md, from credit to loss: its numbers are read and computed again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cod_async.learner.objective import make_objective, needs_survey
 from cod_async.learner.packing import FlatRows
 from cod_kernels import segment_loss
 
-TEXT = (Path(__file__).resolve().parents[3] / "docs" / "losses.md").read_text()
+TEXT = (Path(__file__).resolve().parents[3] / "docs" / "losses" / "README.md").read_text()
 
 
 def table(first_column: str) -> list[list[str]]:
@@ -66,6 +66,7 @@ def tokens() -> tuple[FlatRows, torch.Tensor, list[list[str]]]:
         behavior_logprobs=np.array([float(row[3]) for row in rows]),
         advantages=np.array([float(row[6]) for row in table("lifecycle")]),
         row_lifecycles=nothing[:1],
+        teacher_logprobs=np.array([float(row[8]) for row in rows]),
     )
     return flat, torch.tensor([float(row[4]) for row in rows], dtype=torch.float64), rows
 
@@ -105,10 +106,7 @@ def test_losses_of_the_example(name: str) -> None:
         proximal_mix=objective.proximal_mix,
         segment_log_ratios=objective.segment_log_ratios,
         m2po_bound=objective.m2po_bound,
+        reference_logprobs=objective.teacher,
         **vars(objective.options),
     )
     assert found.item() == pytest.approx(said[name], abs=1e-6)
-
-
-def test_every_preset_has_its_page() -> None:
-    assert re.findall(r"^## `(\w+)`$", TEXT, re.MULTILINE) == list(PRESETS)

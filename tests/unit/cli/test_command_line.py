@@ -29,7 +29,7 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["env", "--help"], *([name, "--help"] for name in ("train", "bootstrap", "eval", "credit",
-      "ledger", "inspect", "plot", "export", "doctor", "coordinator", "actor", "learner", "engine",
+      "ledger", "inspect", "plot", "replay", "export", "doctor", "coordinator", "actor", "learner", "engine",
       "weights"))],
     ids=" ".join,
 )  # fmt: skip

@@ -18,7 +18,7 @@ from cod_kernels.segment_loss.reference import LossInputs, LossOptions, loss_gra
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "configs" / "paper"
-FILES = sorted(FOLDER.glob("*.toml"))
+FILES = sorted(path for path in FOLDER.glob("*.toml") if not path.stem.endswith("_opd"))
 
 
 class Row(NamedTuple):
@@ -138,7 +138,7 @@ def test_a_run_without_the_weights_is_refused_by_name(
     lines = capsys.readouterr().err.splitlines()
     model = ROWS[path.stem].model
     assert lines[0].startswith(f'model.path: no such folder, found "models/{model}"; put the model ')
-    assert [line.split(":")[0] for line in lines[1:]] == (["model.shape"] if model == LARGE else [])
+    assert len(lines) == 1
     assert list(tmp_path.iterdir()) == []
 
 

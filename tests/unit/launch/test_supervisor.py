@@ -17,7 +17,14 @@ import pytest
 from cod_async.errors import WorkError
 from cod_async.launch import supervisor as module
 from cod_async.launch.run_folder import _is_alive
-from cod_async.launch.supervisor import BACKOFF_S, MAX_OWN_FAILURES, MAX_RESTARTS, Child, Supervisor
+from cod_async.launch.supervisor import (
+    BACKOFF_S,
+    ENDED_RUN_CODE,
+    MAX_OWN_FAILURES,
+    MAX_RESTARTS,
+    Child,
+    Supervisor,
+)
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 TIMEOUT_S = 30.0
@@ -129,6 +136,16 @@ def test_a_child_that_fails_by_itself_is_given_up_soon_with_its_log(
             clock.now_s += 10
             supervisor.poll()
     assert child.num_restarts == MAX_OWN_FAILURES - 1
+
+
+def test_a_child_that_ends_the_run_is_never_retried(supervisor: Supervisor) -> None:
+    said = "print('long story'); print('NumericsError: the loss is nan')"
+    program = f"{said}; raise SystemExit({ENDED_RUN_CODE})"
+    child = supervisor.start("learner", "learner", [sys.executable, "-c", program])
+    end_of(child)
+    with pytest.raises(WorkError, match=r"^learner ended the run: NumericsError: the loss is nan$"):
+        supervisor.poll()
+    assert child.num_restarts == 0
 
 
 def test_wrong_input_is_never_retried(supervisor: Supervisor) -> None:

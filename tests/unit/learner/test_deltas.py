@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -12,6 +11,7 @@ from learner_world import tiny_model
 
 from cod_async.config.schema import Config
 from cod_async.learner.loop import Learner
+from cod_async.learner.step import Trainer
 from cod_async.lifecycle.segment import Version
 from cod_async.weights.delta import DELTA_FILE, DELTA_INFO_FILE, apply_delta, decode_info
 from cod_async.weights.folders import version_folder
@@ -31,9 +31,9 @@ class _Port:
 def make_learner(run_dir: Path, config: Config, *, has_deltas: bool) -> tuple[Learner, _Port]:
     weights = msgspec.structs.replace(config.weights, has_deltas=has_deltas)
     config = msgspec.structs.replace(config, weights=weights)
-    port, trainer = _Port(), SimpleNamespace(model=tiny_model())
-    stop: Any = None
-    return Learner(run_dir, config, cast(Any, trainer), cast(Any, port), stop, Version(0, 0), "", None), port
+    port, stop = _Port(), cast(Any, None)
+    trainer = Trainer.create(tiny_model(), config.learner, config.loss, 1.0, tiny_model())
+    return Learner(run_dir, config, trainer, cast(Any, port), stop, Version(0, 0), "", None), port
 
 
 def change_one_element(learner: Learner) -> None:

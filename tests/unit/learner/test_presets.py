@@ -1,7 +1,7 @@
 """Every loss preset, whole: the learner's loss and gradient against the recipe in NumPy and fp64.
 
 The model is in fp64 and small. Its log-probs and their Jacobian come from torch, row by row; everything after
-them is a transcription of docs/losses.md, preset by preset, that shares no code with the learner. One segment
+them is a transcription of docs/losses/, preset by preset, that shares no code with the learner. One segment
 has several rows, and rows lie in micro-batches by length, so that it lies in several of them.
 """
 
@@ -69,6 +69,7 @@ def make_items(spread: float = 0.25, count: int = 15) -> list[TrainItem]:
                 msgspec.structs.replace(
                     row,
                     behavior_logprobs=Array.of(behavior, "<f4"),
+                    teacher_logprobs=Array.of(1.3 * behavior - 0.1, "<f4"),  # read by opd alone
                     versions=tuple(span for span in spans if span.num_tokens),
                 )
             )
@@ -93,10 +94,10 @@ def clamped(x: Numbers) -> Numbers:
     return np.clip(x, -20, 20)
 
 
-def transcription(name: str, cur: Numbers, beh: Numbers, lag: Numbers, ids: Numbers, adv: Numbers) -> tuple[
-    float, Numbers
-]:  # fmt: skip
-    """Loss and its slope in every log-prob, by the formulas of docs/losses.md, for one update per step."""
+def transcription(
+    name: str, cur: Numbers, beh: Numbers, lag: Numbers, ids: Numbers, adv: Numbers, teacher: Numbers
+) -> tuple[float, Numbers]:
+    """Loss and its slope in every log-prob, by the formulas of docs/losses/, for one update per step."""
     sizes = np.bincount(ids, minlength=adv.size)
     used = max(int((sizes > 0).sum()), 1)
     a, total = adv[ids], cur.size
@@ -156,6 +157,8 @@ def transcription(name: str, cur: Numbers, beh: Numbers, lag: Numbers, ids: Numb
     elif name == "opsm":
         keep = ~((a < 0) & (-mean[ids] > 1e-4))
         value, slope = ppo(rho, 0.8, 1.2, keep.astype(float))
+    elif name == "opd":
+        value, slope = -((cur - teacher) ** 2) / 2, teacher - cur
     else:
         raise AssertionError(name)
     weight = 1 / (used * sizes[ids]) if name == "gspo" else np.full(total, 1 / total)
@@ -166,6 +169,7 @@ def expected_of(name: str, items: list[TrainItem]) -> tuple[float, list[torch.Te
     model = tiny_model().double()
     logprobs, owners = action_logprobs(model, items)
     flat = flat_of(items)
+    assert flat.teacher_logprobs is not None
     current = torch.stack(logprobs)
     loss, slope = transcription(
         name,
@@ -174,6 +178,7 @@ def expected_of(name: str, items: list[TrainItem]) -> tuple[float, list[torch.Te
         flat.action_lags.astype(np.float64),
         np.array(owners),
         flat.advantages,
+        flat.teacher_logprobs.astype(np.float64),
     )
     current.backward(torch.from_numpy(slope))
     return loss, [p.grad for p in model.parameters() if p.grad is not None]

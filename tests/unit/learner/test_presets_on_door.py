@@ -30,10 +30,11 @@ from cod_async.envs import registry
 from cod_async.envs.base import TaskSpec
 from cod_async.learner.packing import flatten
 from cod_async.learner.step import Trainer
+from cod_async.lifecycle.arrays import Array
 from cod_async.lifecycle.packs import plan_pack
 from cod_async.lifecycle.rendering import load_renderer
 from cod_async.lifecycle.rollout import LifecycleSpec, initial_state, play
-from cod_async.lifecycle.segment import Segment, Version
+from cod_async.lifecycle.segment import Row, Segment, Version
 from cod_async.models.directory import load_model
 from cod_async.models.qwen3 import Qwen3
 from cod_async.wire.messages import TrainItem
@@ -83,6 +84,12 @@ async def _play(folder: Path) -> list[list[Segment]]:
         await engine.aclose()
 
 
+def _taught(row: Row) -> Row:
+    """The row with the word of a teacher, which the preset opd alone reads."""
+    teacher = Array.of(1.5 * row.behavior_logprobs.numpy() - 0.1, "<f4")
+    return msgspec.structs.replace(row, teacher_logprobs=teacher)
+
+
 def _items(lifecycles: list[list[Segment]]) -> list[TrainItem]:
     items = []
     for group in range(GROUPS):
@@ -102,7 +109,7 @@ def _items(lifecycles: list[list[Segment]]) -> list[TrainItem]:
                 key=segment.key,
                 kind=segment.kind,
                 position=segment.position,
-                rows=segment.rows,
+                rows=tuple(_taught(row) for row in segment.rows),
                 advantage=advantages[segment.key.member, segment.kind, segment.position],
                 lag_steps=float(NEW.step - OLD.step),
             )
@@ -148,7 +155,6 @@ def test_a_stale_step_on_door(played: tuple[Qwen3, list[TrainItem]], name: str, 
 
 def test_what_no_engine_says_is_refused_by_the_segments_name(played: tuple[Qwen3, list[TrainItem]]) -> None:
     from cod_async.errors import NumericsError, WorkError
-    from cod_async.lifecycle.arrays import Array
 
     items = list(played[1])
     row = items[7].rows[0]

@@ -15,6 +15,7 @@ from cod_async.errors import InputError
 from cod_async.models.directory import config_from_dir
 from cod_async.models.qwen3 import Qwen3
 from cod_async.models.shape import read_shape
+from tests.model_world import make
 
 SHIPPED = Path(__file__).resolve().parents[3] / "configs" / "models"
 PUBLISHED = {
@@ -54,8 +55,58 @@ def test_the_hybrid_shape_counts_as_transformers_builds_it() -> None:
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**text))
     shape = read_shape(folder)
     assert shape.num_parameters == num_parameters(model)
-    assert not shape.is_trainable
+    assert shape.is_trainable and shape.is_recurrent and not shape.is_plain
     assert 26.5e9 < shape.num_parameters < 27.5e9  # "27B" with its vision tower and draft layer
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"attention_bias": True}),
+        ("qwen2", {}),
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"head_dim": 20, "num_key_value_heads": 1}),
+        ("qwen3_5", {}),
+        ("qwen3_5", {"num_hidden_layers": 9, "layer_types": None}),
+    ],
+)
+def test_every_family_counts_as_transformers_builds_and_writes_it(
+    tmp_path: Path, family: str, changes: dict[str, Any], is_tied: bool
+) -> None:
+    model = make(family, tie_word_embeddings=is_tied, **changes)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    shape = read_shape(tmp_path)
+    assert shape.num_parameters == num_parameters(model)
+    assert shape.is_trainable and shape.is_tied == is_tied
+    assert shape.is_recurrent == (family == "qwen3_5")
+    assert shape.is_plain == (family == "qwen3" and not changes)
+    kinds = {
+        name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)
+    }
+    assert set(shape.linear_layers) == kinds - {"lm_head"}
+
+
+def test_a_hybrid_must_say_which_layers_are_which(tmp_path: Path) -> None:
+    raw = json.loads((SHIPPED / "qwen3.6-27b" / "config.json").read_text())
+    interval = raw["text_config"].pop("full_attention_interval")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="neither layer_types nor full_attention_interval"):
+        read_shape(tmp_path)
+    kinds = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(64)]
+    raw["text_config"]["layer_types"] = kinds
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert read_shape(tmp_path) == read_shape(SHIPPED / "qwen3.6-27b")
+
+
+def test_what_is_not_trained_is_counted_and_says_why(tmp_path: Path) -> None:
+    shape = read_shape(written(tmp_path / "m", attention_dropout=0.5, num_experts=8))
+    assert not shape.is_trainable and len(shape.obstacles) == 2
+    scaled = read_shape(written(tmp_path / "m", rope_scaling={"rope_type": "yarn", "factor": 4.0}))
+    assert scaled.is_trainable and not scaled.is_plain
 
 
 def written(folder: Path, **changes: Any) -> Path:

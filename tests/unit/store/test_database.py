@@ -18,7 +18,7 @@ def test_settings_that_make_an_acknowledgement_true(tmp_path: Path) -> None:
         name: store._connection.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous", "foreign_keys", "user_version")
     }
-    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "user_version": 2}
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "user_version": 3}
     store.close()
 
 

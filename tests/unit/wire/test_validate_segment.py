@@ -25,6 +25,8 @@ from cod_async.lifecycle.segment import (
     VersionSpan,
 )
 from cod_async.lifecycle.transcript import mark_after
+from cod_async.wire.codec import decode_for_coordinator, encode
+from cod_async.wire.messages import SegmentData
 from cod_async.wire.validate import validate_segment
 
 PACK_SIZE = 4
@@ -241,3 +243,43 @@ def test_spans_agree_with_a_mask(data: st.DataObject) -> None:
         validate(segment)
     else:
         assert code_of(segment) == "bad_spans"
+
+
+def _taught(**changes: Any) -> Segment:
+    row = make_row()
+    scores = changes.pop("scores", Array.of(-np.arange(row.num_action_tokens) - 1e-3, "<f4"))
+    return make_segment(rows=(replace(row, teacher_logprobs=scores),), **changes)
+
+
+def test_a_teachers_scores_pass_in_a_run_that_distills_and_only_there() -> None:
+    validate(_taught(), is_distilled=True)
+    validate(_taught(scores=Array.of([5e-7] * 6, "<f4")), is_distilled=True)  # rounding
+    assert code_of(_taught()) == "bad_teacher"
+    assert code_of(make_segment(), is_distilled=True) == "bad_teacher"
+    validate(make_segment(rows=(), finish="context_overflow"), is_distilled=True)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        Array.of([-1.0] * 5, "<f4"),
+        Array.of([-1.0] * 7, "<f4"),
+        Array.of([-1] * 6, "<i4"),
+        Array.of([-1.0] * 5 + [math.nan], "<f4"),
+        Array.of([-math.inf] + [-1.0] * 5, "<f4"),
+        Array.of([-1.0] * 5 + [1e-3], "<f4"),
+    ],
+)
+def test_scores_that_no_teacher_gives(scores: Array) -> None:
+    assert code_of(_taught(scores=scores), is_distilled=True) == "bad_teacher"
+
+
+def test_a_teachers_scores_travel() -> None:
+    segment = _taught()
+    message = SegmentData(seq=1, segment=segment)
+    _, decoded = decode_for_coordinator(encode(message, run=RUN, session=1), run=RUN)
+    assert decoded == message
+    plain = encode(SegmentData(seq=1, segment=make_segment()), run=RUN, session=1)
+    assert b"teacher" not in plain[1]
+    assert segment.teacher_gap_nats == pytest.approx(np.mean(-0.25 * np.arange(6) + np.arange(6) + 1e-3))
+    assert make_segment().teacher_gap_nats is None

@@ -1,0 +1,1 @@
+"""Several ranks as one learner: how they agree, share rows and parameters, and publish weights."""
