@@ -121,10 +121,14 @@ def cells_table(
     """Return recipe by lag, with what ``text_of`` says of each cell."""
     lags = sorted({lag for by_lag in by_recipe.values() for lag in by_lag})
     rows = [
-        [f"`{recipe}`", *(text_of(cell(by_lag[lag])) if lag in by_lag else "" for lag in lags)]
+        [
+            f"`{recipe}`",
+            "-".join(str(num) for num in sorted({len(runs) for runs in by_lag.values()})),
+            *(text_of(cell(by_lag[lag])) if lag in by_lag else "" for lag in lags),
+        ]
         for recipe, by_lag in by_recipe.items()
     ]
-    return table(["recipe", *(f"lag {lag}" for lag in lags)], rows)
+    return table(["recipe", "seeds", *(f"lag {lag}" for lag in lags)], rows)
 
 
 def late_text(found: Cell) -> str:
@@ -175,7 +179,7 @@ def failures_table(results: Sequence[RunResult]) -> str:
             is_below = fresh.get(_name_of(result), 0.0) - final_late(result) > MAX_LOSS
             if not is_below and fall <= NOTABLE_FALL:
                 continue
-            ended = "below lag 0" if is_below else "recovered"
+            ended = "below lag 0" if is_below else "at the bar"
         hints = "-" if result.after is None else _share(result.after.update_reward)
         rows.append(
             [
@@ -305,6 +309,11 @@ def _count(value: int | None) -> str:
     return "never" if value is None else str(value)
 
 
+def _seeds_text(num: int) -> str:
+    """Return the number of seeds for a title; not every cell of a grid that still runs has all of them."""
+    return "1 seed" if num == 1 else f"up to {num} seeds"
+
+
 def draw(results: Sequence[RunResult], folder: Path) -> list[Path]:
     """Draw the pictures of every grid and return their paths."""
     from bench.staleness.plots import draw_curves, draw_summary
@@ -314,7 +323,7 @@ def draw(results: Sequence[RunResult], folder: Path) -> list[Path]:
         seeds = {
             result.spec.seed for by_lag in by_recipe.values() for runs in by_lag.values() for result in runs
         }
-        title = f"{world}, forced lag, learning rate {lr:g}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        title = f"{world}, forced lag, learning rate {lr:g}, {_seeds_text(len(seeds))}"
         for name, make in (("curves", draw_curves), ("summary", draw_summary)):
             path = folder / f"lag_{_name(world, lr)}_{name}.png"
             make(by_recipe, path, title)

@@ -28,6 +28,8 @@ from cod_async.launch.supervisor import ENDED_RUN_CODE, INPUT_ERROR_CODE, LOST_C
 
 RENDEZVOUS_VARIABLE = "COD_RENDEZVOUS"
 """Environment variable with the meeting place of the ranks, read by ``cod_async.learner.parallel.world``."""
+LOCAL_RANK_VARIABLE = "LOCAL_RANK"
+"""Environment variable with a rank's number on its machine, read there too."""
 AFTER_FAILURE_S = 3.0
 """Ranks that another one has left alone end within this time, or are killed."""
 _FOLDER_PREFIX = ".ranks-"
@@ -66,10 +68,10 @@ def run_ranks(run_dir: Path) -> int:
         with Interrupts() as interrupts:
             for rank in range(size):
                 command = cod_command("learner", str(run_dir.resolve()), "--rank", str(rank))
+                # What started the run may have a local rank of its own, which would be every rank's device.
+                own = {**environment, LOCAL_RANK_VARIABLE: str(rank)}
                 # Open files that were handed down to the learner (the lock of the run) go on to the ranks.
-                children.append(
-                    subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, close_fds=False)
-                )
+                children.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=own, close_fds=False))
             return _watch(children, interrupts, config.run.grace_s)
     finally:
         for child in children:

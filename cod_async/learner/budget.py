@@ -342,8 +342,8 @@ def _layer_moments(
         if learner.recompute == "offload":
             again += hidden * number
     made_of = f"{again:,.0f} B x {tokens:,} tokens"
-    between = 3 * number * hidden
-    feed = between + 2 * number * inner
+    between = number * hidden  # more takes the place of what the final norm has given back
+    feed = between + number * inner  # down_proj has given its input back
     first = [
         _line("one layer, recomputed", tokens * again, made_of),
         _line("gradients in a layer", tokens * feed, f"{feed:,} B x {tokens:,} tokens"),

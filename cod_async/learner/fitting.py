@@ -171,7 +171,7 @@ def find_room(model_dir: Path, config: Config, world: World) -> Room:
     )
     if tokens < learner.tokens_per_micro_batch:
         log.warning(
-            "learner.tokens_per_micro_batch = %d does not fit %s with %s: micro-batches are split at %d tokens",
+            "learner.tokens_per_micro_batch = %d does not fit %s with %s: split at %d tokens",
             *(learner.tokens_per_micro_batch, device, gib(device_bytes), tokens),
         )
         learner = msgspec.structs.replace(learner, tokens_per_micro_batch=tokens)

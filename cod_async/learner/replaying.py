@@ -208,7 +208,7 @@ class _Scene:
         """
         configure_torch(self.config_of(witness))
         learner = self._config.learner
-        # adapters are published apart from what they adapt
+        # published weights have the adapters added in, so no adapters can start from them
         needs_optimizer = learner.minibatches_per_step > 1 or learner.lora.rank > 0
         starts = find_starts(self._run_dir, self._run, version, needs_optimizer=needs_optimizer)
         wanted = witness.get("weights", "")

@@ -126,7 +126,7 @@ class Trainer:
         sharing = Sharing(
             world,
             kind,
-            token_budget(learner, model.device, kind),
+            token_budget(learner, world.device, kind),
             learner.sequence_mode,
             num_heads,
             num_kv_heads,
@@ -329,7 +329,8 @@ def _layout_kind(model: Policy, learner: LearnerConfig, world: World) -> LayoutK
         )
     is_recurrent = model.is_recurrent
     if world.sequence_parallel == 1:
-        return choose_layout(learner, model.device, is_recurrent=is_recurrent)
+        # Not the model's device: of several ranks each loads into host memory, and shards it from there.
+        return choose_layout(learner, world.device, is_recurrent=is_recurrent)
     if is_recurrent:
         raise InputError(
             f"learner.sequence_parallel: {world.sequence_parallel} ranks cannot share the rows of this "

@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -55,7 +56,10 @@ def apply_recompute(policy: Policy, mode: Recompute) -> None:
     for block in policy.blocks:
         if getattr(block, "recompute_mode", None) is not None:
             raise ValueError(f"the layers recompute already ({block.recompute_mode}); apply it once")
-        block.forward = _wrapped(block.forward, mode)
+        # A bound method, because deepcopy binds those to the copy; a closure would go on computing with the
+        # original's parameters.
+        bound: Any = block.forward
+        block.forward = MethodType(_wrapped(bound.__func__, mode), block)
         block.recompute_mode = mode  # type: ignore[assignment]
 
 
@@ -63,14 +67,15 @@ def _wrapped(forward: Callable[..., Any], mode: Recompute) -> Callable[..., Any]
     contexts = _selective_contexts if mode == "selective" else None
 
     @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own = MethodType(forward, block)
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return own(*args, **kwargs)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if contexts is not None:
             options["context_fn"] = contexts
         with _inputs_on_host(args) if mode == "offload" else contextlib.nullcontext():
-            return checkpoint(forward, *args, **options, **kwargs)
+            return checkpoint(own, *args, **options, **kwargs)
 
     return run
 

@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from cod_async.errors import CheckpointError
 
@@ -60,7 +58,23 @@ def pieces_of(tensors: Mapping[str, Tensor], rank: int) -> list[Piece]:
         tensors: plain or sharded (DTensor), by name.
         rank: of this process.
     """
-    own = {name: value for name, value in tensors.items() if _is_own(value, rank)}
+    found: list[Piece] = []
+    sharded: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "placements"):
+            sharded[name] = tensor
+        elif rank == 0:
+            found.append(Piece(name, (0,) * tensor.dim(), tensor.detach()))
+    return sorted(found + _shards_of(sharded), key=lambda piece: piece.name)
+
+
+def _shards_of(tensors: dict[str, Any]) -> list[Piece]:
+    """Return this rank's parts of sharded tensors, as DCP's planner places them."""
+    own = {name: tensor for name, tensor in tensors.items() if _is_first_copy(tensor)}
+    if not own:
+        return []
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(own, is_coordinator=True)
     found = []
@@ -68,13 +82,11 @@ def pieces_of(tensors: Mapping[str, Tensor], rank: int) -> list[Piece]:
         data: Tensor = planner.resolve_data(item)  # type: ignore[assignment]
         offsets = tuple(item.index.offset or (0,) * data.dim())
         found.append(Piece(item.index.fqn, offsets, data.detach()))
-    return sorted(found, key=lambda piece: piece.name)
+    return found
 
 
-def _is_own(tensor: Any, rank: int) -> bool:
-    """Whether this rank stores a tensor, or its part of it."""
-    if not hasattr(tensor, "placements"):
-        return rank == 0
+def _is_first_copy(tensor: Any) -> bool:
+    """Whether this rank's part is the one to store, of parts that several ranks have alike."""
     at = tensor.device_mesh.get_coordinate()
     return at is not None and all(
         not placement.is_replicate() or place == 0
@@ -159,6 +171,9 @@ class StoredTensors:
     """
 
     def __init__(self, folder: Path) -> None:
+        # A run that was never interrupted reads nothing, and importing DCP takes most of a second.
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
         self._folder = folder
         self._reader = HuggingFaceStorageReader(str(folder))
         try:
@@ -179,6 +194,8 @@ class StoredTensors:
         Raises:
             CheckpointError: one is not stored, or a file cannot be read.
         """
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
         missing = sorted(tensors.keys() - self.shapes.keys())
         if missing:
             raise CheckpointError(f"{self._folder}: {missing[0]} is not stored; use another checkpoint")

@@ -322,7 +322,9 @@ def _meet(place: str, rank: int, size: int) -> Any:
     if kind == "file" and rest:
         name = "lo0" if sys.platform == "darwin" else "lo"
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, name)
+            # Not only where it is not set: a machine's profile may name the interface of its cluster, where
+            # others could connect.
+            os.environ[variable] = name
         path = Path(rest)
         if path.parent.stat().st_mode & 0o077:
             raise InputError(f"{path.parent}: others can read the ranks' meeting place; chmod 700 it")

@@ -259,10 +259,10 @@ def test_reports_of_runs_that_learn_collapse_and_stop(tmp_path: Path) -> None:
     ]
     found = blocks(results)
     assert (
-        "| `paper` | 1.00 | 1.00 | **.100** (worst .100, 0 of 1) | **.200** (worst .200, 0 of 1) |"
+        "| `paper` | 1 | 1.00 | 1.00 | **.100** (worst .100, 0 of 1) | **.200** (worst .200, 0 of 1) |"
         in (found["LATE_DOOR"])
     )
-    assert "| `paper` | 15 | 15 | 15 | never |" in found["STEPS_DOOR"]
+    assert "| `paper` | 1 | 15 | 15 | 15 | never |" in found["STEPS_DOOR"]
     failures = failures_table(results)
     assert failures.count("\n") == 3  # titles, rule, and the two that failed
     assert "collapsed" in failures and "stopped" in failures and "loss nan" in failures

@@ -187,7 +187,7 @@ def test_disk_full_is_named_and_the_next_checkpoint_tries_again(
 def test_a_single_checkpoint_that_cannot_be_written_is_an_error(run_dir: Path) -> None:
     trainer = make_trainer()
     (run_dir / "checkpoints").write_text("in the way")
-    with pytest.raises(CheckpointError, match="version 0.1"):
+    with pytest.raises(CheckpointError, match=r"version 0\.1"):
         write_checkpoint(run_dir, record_of(1), trainer.model, trainer.optimizer, LEARNER)
 
 

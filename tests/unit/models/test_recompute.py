@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -72,6 +73,23 @@ def test_without_gradients_nothing_is_wrapped_up() -> None:
         before = model(ids)
         apply_recompute(model, "full")
         assert torch.equal(model(ids), before)
+
+
+def test_a_copy_computes_with_its_own_parameters() -> None:
+    model = Qwen3(CONFIG, torch.Generator().manual_seed(0))
+    apply_recompute(model, "full")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    ids = torch.randint(0, 90, (2, 5))
+    hidden = other(ids)
+    plain = Qwen3(CONFIG, torch.Generator().manual_seed(1))
+    plain.load_state_dict(other.state_dict())
+    assert torch.equal(hidden, plain(ids))
+    hidden.square().sum().backward()
+    touched = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert not touched, "backward recomputes with the copy's parameters too"
 
 
 def test_twice_is_refused() -> None:

@@ -13,8 +13,9 @@ from ranks import run_ranks
 
 from cod_async.config.schema import LearnerConfig, LossConfig
 from cod_async.errors import InputError
-from cod_async.learner.parallel.shard import LowPrecision
+from cod_async.learner.parallel.shard import LowPrecision, Plain
 from cod_async.learner.parallel.world import World
+from cod_async.learner.rows.rectangles import MAX_BUCKET_TOKENS
 from cod_async.learner.step import Trainer
 
 SURVEYS: list[dict[str, Any]] = [
@@ -129,6 +130,19 @@ def test_a_bfloat16_copy_gets_the_work_and_float32_parameters_the_gradient() -> 
     trainer.take_step(flat_of(case), 0)
     twins = dict(trainer.compute.computed.named_parameters())
     assert all(torch.equal(twins[name], p.bfloat16()) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "budget"), [("cuda", "packed", 1 << 20), ("cpu", "rectangle", MAX_BUCKET_TOKENS)]
+)
+def test_rows_lie_as_suits_the_ranks_device_not_the_memory_that_models_are_loaded_into(
+    device: str, kind: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cod_async.learner.step.prepare", lambda policy, world, learner: Plain(policy))
+    world = World(data_parallel=2, device=torch.device(device))
+    learner = LearnerConfig(data_parallel=2, tokens_per_micro_batch=1 << 20)
+    trainer = Trainer.create(model_of(), learner, LossConfig(), 1.0, None, world)
+    assert (trainer.kind, trainer.max_rectangle_tokens) == (kind, budget)
 
 
 def test_ranks_that_the_configuration_does_not_have_are_refused() -> None:

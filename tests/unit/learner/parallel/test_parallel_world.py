@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,12 @@ import pytest
 import torch
 from parallel_world import mixed_job, model_of
 from pull_world import CHUNK, RUN, pulling, serving
-from ranks import run_ranks
+from ranks import LOOPBACK, run_ranks
 from safetensors.torch import load_file
 
 from cod_async.config.learner import LearnerConfig
 from cod_async.errors import InputError
-from cod_async.learner.parallel.world import RENDEZVOUS_VARIABLE, World, device_of
+from cod_async.learner.parallel.world import RENDEZVOUS_VARIABLE, World, _meet, device_of
 from cod_async.models.export import weights_of
 from cod_async.weights.delta import write_delta
 from cod_async.weights.digest import tensors_digest
@@ -147,6 +148,18 @@ def test_ranks_do_not_meet_where_others_can_read(tmp_path: Path) -> None:
     folder.chmod(0o755)
     with pytest.raises(InputError, match="chmod 700"):
         World.join(0, 2, 1, rendezvous=f"file:{folder}/store")
+
+
+def test_ranks_that_meet_in_a_file_listen_on_loopback_whatever_the_machine_is_set_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for name in names:
+        monkeypatch.setenv(name, "eth0")
+    folder = tmp_path / "own"
+    folder.mkdir(mode=0o700)
+    _meet(f"file:{folder}/store", 0, 2)
+    assert {os.environ[name] for name in names} == {LOOPBACK}
 
 
 def test_a_rank_that_the_mesh_does_not_have() -> None:
