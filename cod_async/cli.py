@@ -336,9 +336,7 @@ def replay(
     failed: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A batch of RUN/failed_steps, instead of a step.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu or cuda; default as the run says.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; default as the run says.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the step's per-token records (safetensors).")
     ] = None,

@@ -78,6 +78,9 @@ def flat_of(case: dict[str, Any]) -> FlatRows:
         bad = np.array(flat.behavior_logprobs)
         bad[case["poison"]] = np.nan
         flat = dataclasses.replace(flat, behavior_logprobs=bad)
+    if "every" in case:  # only some items have an advantage
+        some = np.arange(flat.advantages.size) % case["every"] == 1
+        flat = dataclasses.replace(flat, advantages=np.where(some, flat.advantages, 0.0))
     return flat
 
 
@@ -109,7 +112,8 @@ def run_case(case: dict[str, Any], *, is_alone: bool) -> dict[str, Any]:
     trainer = trainer_of(case, is_alone=is_alone)
     flat = flat_of(case)
     if case.get("num_steps", 0) == 0:
-        done = trainer.accumulate(flat)
+        # As on CUDA, where items without an advantage come last and have turns without gradients.
+        done = trainer.accumulate(flat, flat.advantages != 0 if "every" in case else None)
         loss = trainer._total_loss(done)
         named = trainer.model.named_parameters()
         found = {f"grad/{name}": whole(p.grad) for name, p in named if p.requires_grad}

@@ -2,7 +2,7 @@
 
 Numbers are forecasts from the ``config.json`` of the model alone (:mod:`cod_async.learner.budget`); nothing
 is loaded. Operations are counted, seconds are not given: what a device reaches is a matter of measurement
-(``python -m bench.learner``).
+(``python -m bench.learner.gpu``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from cod_async.config.schema import Config
 from cod_async.learner.budget import memory_budget, step_flops
+from cod_async.learner.fitting import fit, has_reference
 from cod_async.models.shape import ModelShape
 
 GIB = 1 << 30
@@ -38,8 +39,8 @@ def plan_learner(config: Config, shape: ModelShape, per_step: dict[str, int]) ->
     """
     learner = config.learner
     max_row_tokens = config.model.max_context_tokens
-    has_reference = config.loss.kl_coef > 0 and config.loss.preset != "opd"
-    budget = memory_budget(shape, learner, max_row_tokens=max_row_tokens, has_reference=has_reference)
+    has_copy = has_reference(config)
+    budget = memory_budget(shape, learner, max_row_tokens=max_row_tokens, has_reference=has_copy)
     answer: dict[str, Any] = {
         "ranks": f"{learner.data_parallel} data x {learner.sequence_parallel} sequence",
         "compute_dtype": learner.compute_dtype,
@@ -53,10 +54,20 @@ def plan_learner(config: Config, shape: ModelShape, per_step: dict[str, int]) ->
     }
     if budget.unknown:
         answer["not_forecast"] = budget.unknown
-    if learner.device_memory_bytes and not (
-        budget.unknown and budget.device_bytes <= learner.device_memory_bytes
-    ):
-        answer["fits"] = budget.device_bytes <= learner.device_memory_bytes
+    if learner.device_memory_bytes:
+        found = fit(
+            shape,
+            learner,
+            learner.device_memory_bytes,
+            max_row_tokens=max_row_tokens,
+            has_reference=has_copy,
+        )
+        if not (budget.unknown and found.tokens_per_micro_batch):
+            answer |= {
+                "fits": found.tokens_per_micro_batch > 0,
+                "longest_row_tokens": found.longest_row_tokens,
+                "tokens_per_micro_batch_used": found.tokens_per_micro_batch,
+            }
     num_rows = max(1, per_step["tokens_at_most"] // max_row_tokens)
     mean_row = max(1, per_step["tokens"] // num_rows)
     flops = step_flops(

@@ -125,6 +125,10 @@ def run_train(
             print_mapping(tree, "resolved configuration")
             print_mapping(steps, f"plan of {run_dir}")
         return 0
+    if config.learner.device == "cuda":  # else torch need not be loaded here
+        from cod_async.learner.parallel.world import check_devices
+
+        check_devices(config.learner)
     if config.engine.kind == "sglang":
         from cod_async.launch.engines import check_engines
 

@@ -21,7 +21,7 @@ def learner_problems(config: Config) -> Iterator[str]:
     if learner.on_nonfinite == "skip" and learner.minibatches_per_step > 1:
         yield (
             'learner.on_nonfinite: "skip" drops whole steps, but with learner.minibatches_per_step = '
-            f"{learner.minibatches_per_step} a part of one may have been applied; use \"stop\" or 1"
+            f'{learner.minibatches_per_step} a part of one may have been applied; use "stop" or 1'
         )
     yield from _rows(config)
     yield from _sequences(config)

@@ -30,6 +30,7 @@ MAX_DEPTH = 16
 def _struct_type(kind: type[msgspec.Struct]) -> inspect.StructType:
     return cast(inspect.StructType, inspect.type_info(kind))
 
+
 _MAX_LISTED_KEYS = 12
 """A message that lists more helps nobody."""
 

@@ -293,9 +293,9 @@ def _kept(shape: ModelShape, learner: LearnerConfig, tokens: int) -> list[Line]:
     num_layers, angles = shape.sizes["num_hidden_layers"], shape.sizes["head_dim"]
     if shape.is_recurrent and learner.recompute not in ("full", "offload"):
         return []
-    # Embedding; final norm: its input widened, the scaled value, its result; cosines and sines.
-    ends = hidden * (FLOAT_BYTES + 3 * number) + angles * number
-    lines = [_line("embedding and final norm", tokens * ends, f"{ends:,} B x {tokens:,} tokens")]
+    # Final norm: its input widened, the scaled value, its result; cosines and sines of the positions.
+    ends = hidden * (FLOAT_BYTES + 2 * number) + angles * number
+    lines = [_line("final norm and positions", tokens * ends, f"{ends:,} B x {tokens:,} tokens")]
     where: Literal["device", "host"] = "device"
     if learner.recompute == "none":
         name, each = "layers", kept_bytes_per_token(shape, learner)
@@ -327,9 +327,7 @@ def _head_moment(shape: ModelShape, learner: LearnerConfig, tokens: int) -> list
     ]
 
 
-def _layer_moments(
-    shape: ModelShape, learner: LearnerConfig, tokens: int, num_rows: int
-) -> list[list[Line]]:
+def _layer_moments(shape: ModelShape, learner: LearnerConfig, tokens: int, num_rows: int) -> list[list[Line]]:
     """Return what a layer in backward holds: with its feed-forward part, and with its attention, at work."""
     if shape.is_recurrent:
         return []

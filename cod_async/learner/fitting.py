@@ -164,10 +164,7 @@ def find_room(model_dir: Path, config: Config, world: World) -> Room:
         raise InputError(problem)
     # Devices may differ; what is laid out must not.
     tokens, row = (
-        -value
-        for value in world.largest(
-            [-found.tokens_per_micro_batch, -found.longest_row_tokens]
-        )
+        -value for value in world.largest([-found.tokens_per_micro_batch, -found.longest_row_tokens])
     )
     if tokens < learner.tokens_per_micro_batch:
         log.warning(

@@ -23,8 +23,12 @@ def tampered(
 ) -> Callable[[Callable[[sqlite3.Connection], object]], list[str]]:
     """Return a function that changes a copy of the toured run's database and returns what the judge finds."""
     assert toured["problems"] == []
-    run = tmp_path / "run"
-    shutil.copytree(drill_folder / "runs" / "tour-0", run, ignore=shutil.ignore_patterns("weights", "logs"))
+    run, source = tmp_path / "run", drill_folder / "runs" / "tour-0"
+
+    def not_needed(folder: str, names: list[str]) -> list[str]:
+        return ["weights", "logs"] if Path(folder) == source else []  # checkpoints have weights of their own
+
+    shutil.copytree(source, run, ignore=not_needed)
 
     def tamper(change: Callable[[sqlite3.Connection], object]) -> list[str]:
         database = sqlite3.connect(run / "run.sqlite", isolation_level=None)

@@ -292,6 +292,16 @@ def device_of(learner: LearnerConfig, rank: int = 0) -> torch.device:
     return torch.device("cuda", place)
 
 
+def check_devices(learner: LearnerConfig) -> None:
+    """Refuse a learner on CUDA before anything is started, where its ranks run on this machine.
+
+    Raises:
+        InputError: there is no device, or there are fewer than ranks.
+    """
+    if learner.device == "cuda":
+        device_of(learner, learner.data_parallel * learner.sequence_parallel - 1)
+
+
 def lost_rank(error: BaseException) -> WorkError | None:
     """Return what to say of an error with which torch reports that another rank is gone; None if it is some
     other error.

@@ -37,6 +37,9 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"data": 2, "is_tied": False, "learner": {"layout": "rectangles"}},
         {"data": 2, "dtype": "float32"},
         {"data": 2, "num_items": 1},
+        {"data": 2, "every": 3},
+        {"data": 2, "every": 99},  # one rank has nothing to train
+        {"sequence": 2, "mode": "ulysses", "every": 3, "is_tied": False},
         {"sequence": 2, "mode": "ulysses"},
         {"sequence": 2, "mode": "ring", "is_tied": False},
         {"data": 2, "learner": {"has_prefix_tree": True, "layout": "auto"}},
