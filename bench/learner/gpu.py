@@ -31,6 +31,7 @@ from cod_async.learner.step import Trainer
 from cod_async.models.attention import attend, attention_backend
 from cod_async.models.layout import Layout
 from cod_async.models.qwen3 import Qwen3, Qwen3Config
+from cod_async.models.recompute import Recompute
 from cod_async.models.shape import ModelShape
 
 Row = dict[str, Any]
@@ -82,19 +83,21 @@ def shape_of(sizes: dict[str, int], num_layers: int | None = None) -> ModelShape
     return ModelShape.of(raw)
 
 
-def learner_of(setting: Setting, num_tokens: int) -> LearnerConfig:
+def learner_of(setting: Setting, num_tokens: int, recompute: Recompute) -> LearnerConfig:
     """Return how everything here is trained."""
     return LearnerConfig(
         lr=LR,
         device="cuda" if setting.is_cuda else "cpu",
         compute_dtype="bfloat16",
         layout="packed",
-        recompute="full",
+        recompute=recompute,
         tokens_per_micro_batch=num_tokens,
     )
 
 
-def make_trainer(setting: Setting, num_tokens: int, num_layers: int | None = None) -> Trainer:
+def make_trainer(
+    setting: Setting, num_tokens: int, num_layers: int | None = None, recompute: Recompute = "full"
+) -> Trainer:
     """Return a trainer of random weights, made on the device."""
     sizes: dict[str, Any] = {
         **setting.sizes,
@@ -103,7 +106,7 @@ def make_trainer(setting: Setting, num_tokens: int, num_layers: int | None = Non
     config = Qwen3Config(**sizes, max_position_embeddings=1 << 20)
     with torch.device(setting.device):
         model = Qwen3(config, torch.Generator(setting.device).manual_seed(0))
-    return Trainer.create(model, learner_of(setting, num_tokens), LossConfig(), 1.0)
+    return Trainer.create(model, learner_of(setting, num_tokens, recompute), LossConfig(), 1.0)
 
 
 def rows(setting: Setting, num_rows: int, row_tokens: int) -> FlatRows:
@@ -139,14 +142,17 @@ def steps(
     shape, seconds = shape_of(setting.sizes, num_layers), statistics.median(times)
     lengths = flat.lengths.tolist()
     flops = step_flops(shape, trainer.learner, lengths, flat.num_action_tokens)
-    budget = memory_budget(shape, trainer.learner, max_row_tokens=max(lengths))
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    budget = memory_budget(
+        shape, trainer.learner, max_row_tokens=max(lengths), is_deterministic=is_deterministic
+    )
     row: Row = {
         "num_layers": shape.sizes["num_hidden_layers"],
         "num_parameters": shape.num_parameters,
         "row_tokens": sorted(set(lengths)),
         "tokens": flat.num_tokens,
         "attention": attention_backend(setting.device, torch.bfloat16, "packed", setting.sizes["head_dim"]),
-        "is_deterministic": torch.are_deterministic_algorithms_enabled(),
+        "is_deterministic": is_deterministic,
         "step_s": times,
         "tokens_per_s": flat.num_tokens / seconds,
         "model_pflop": flops.model / 1e15,
@@ -191,23 +197,21 @@ def long_row(setting: Setting) -> Row:
 
 
 def longest_row(setting: Setting) -> Row:
-    """One row of 1M tokens with the compute of a few layers, and the memory of all of them: inputs of the
-    layers that are left out are held as plain tensors.
+    """One row of 1M tokens with the compute of a few layers, and the memory of all of them: what the
+    layers that are left out need is held as plain tensors. Layer inputs are in host memory (``offload``).
     """
     num_tokens, sizes = setting.longest_tokens, setting.sizes
     left_out = sizes["num_hidden_layers"] - min(FEW_LAYERS, sizes["num_hidden_layers"])
     torch.use_deterministic_algorithms(False)  # nine float32 copies of the queries' gradients would not fit
-    trainer = make_trainer(setting, num_tokens, sizes["num_hidden_layers"] - left_out)
+    trainer = make_trainer(setting, num_tokens, sizes["num_hidden_layers"] - left_out, "offload")
     full, few = shape_of(sizes), shape_of(sizes, FEW_LAYERS)
-    inputs = torch.empty(
-        left_out, num_tokens, sizes["hidden_size"], dtype=torch.bfloat16, device=setting.device
-    )
+    inputs = torch.empty(left_out, num_tokens, sizes["hidden_size"], dtype=torch.bfloat16).fill_(0.0)
     missing = full.num_parameters - few.num_parameters
     state = torch.empty(missing, 18, dtype=torch.uint8, device=setting.device)  # 4 x 4 B and 2 B
     row = steps(setting, trainer, rows(setting, 1, num_tokens), 1, FEW_LAYERS)
     return row | {
         "label": f"memory of {sizes['num_hidden_layers']} layers, compute of {FEW_LAYERS}: not a full step",
-        "held_for_missing_layers_bytes": inputs.nbytes + state.nbytes,
+        "held_for_missing_layers_bytes": {"host": inputs.nbytes, "device": state.nbytes},
     }
 
 

@@ -106,7 +106,12 @@ def kept_bytes_per_token(shape: ModelShape, learner: LearnerConfig) -> float:
 
 
 def memory_budget(
-    shape: ModelShape, learner: LearnerConfig, *, max_row_tokens: int, has_reference: bool = False
+    shape: ModelShape,
+    learner: LearnerConfig,
+    *,
+    max_row_tokens: int,
+    has_reference: bool = False,
+    is_deterministic: bool = True,
 ) -> MemoryBudget:
     """Forecast the peak memory of one learner rank; on CUDA, unless ``learner.device`` is ``cpu``.
 
@@ -119,6 +124,7 @@ def memory_budget(
         max_row_tokens: the longest row; one that exceeds the micro-batch's budget is a micro-batch of its
             own.
         has_reference: whether a frozen copy of the model is there too.
+        is_deterministic: whether torch uses deterministic algorithms, as it does in a run.
     """
     tokens = max(learner.tokens_per_micro_batch, max_row_tokens)
     num_rows = max(1, tokens // max(max_row_tokens, 1))
@@ -127,7 +133,10 @@ def memory_budget(
     if has_reference:
         lines += _reference(shape, learner)
     lines += _kept(shape, learner, tokens)
-    moments = [_head_moment(shape, learner, tokens), *_layer_moments(shape, learner, tokens, num_rows)]
+    moments = [
+        _head_moment(shape, learner, tokens),
+        *_layer_moments(shape, learner, tokens, num_rows if is_deterministic else tokens),
+    ]
     lines += max(moments, key=lambda moment: sum(line.num_bytes for line in moment))
     known = sum(line.num_bytes for line in lines if line.where == "device")
     lines.append(_line("allocator", WASTE_FRAC * known, f"{WASTE_FRAC:.0%} of the above"))

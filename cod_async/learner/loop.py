@@ -120,6 +120,7 @@ class Learner:
             try:
                 metrics = self._train(items, wait_s)
             except NumericsError as error:
+                self.checkpoints.settle()  # should this end the run, what it goes on from is durable
                 self._drop(plan_digest, items, error)
                 continue
             done = self.port.step_done(self.version, plan_digest, metrics, self.witness.of_step())
