@@ -37,6 +37,8 @@ def run_replay(
         problems.append(f"--device {device}: unknown; use auto, cpu or cuda")
     if out is not None and not out.parent.is_dir():
         problems.append(f"--out {out}: its folder does not exist; choose another file")
+    if out is not None and out.is_dir():
+        problems.append(f"--out {out}: is a folder; choose a file")
     if problems:
         raise InputError(problems)
     from cod_async.learner.replaying import replay_failed, replay_step

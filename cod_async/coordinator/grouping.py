@@ -124,12 +124,13 @@ class Grouping:
             self._core.store.work.set_group_state(group, "dropped", "stale")
 
     def drop_unplanned(self, keys: Sequence[SegmentKey], reason: str) -> None:
-        """Drop the segments of a plan that was undone; a group of which nothing else is trained goes with
-        them.
+        """Drop the segments of a plan that was undone; a group of which nothing else is trained, or could be
+        because a late member ended after the plan was made, goes with them.
         """
         self.drop_segments(keys, reason)
         for group in sorted({key.group for key in keys}):
-            if not self._core.store.segments.oldest_versions(group, "trained"):
+            oldest_versions = self._core.store.segments.oldest_versions
+            if not oldest_versions(group, "trained") and not oldest_versions(group, "ready"):
                 self._end_late(group)
                 self._core.store.work.set_group_state(group, "dropped", reason)
         self._core.changed()

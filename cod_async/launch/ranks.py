@@ -50,8 +50,8 @@ def run_ranks(run_dir: Path) -> int:
     """Start every rank of the learner of a run on this machine and wait for all of them.
 
     Returns:
-        0: all have ended well. Otherwise the exit code of the first that failed; ``LOST_CODE`` if it was
-        killed by a signal.
+        0: all have ended well. Otherwise the exit code of the one that explains the others' end;
+        ``LOST_CODE`` if it was killed by a signal.
     """
     config = load_resolved(run_dir)
     size = num_ranks(config.learner)
@@ -107,19 +107,22 @@ def _watch(children: list[subprocess.Popen[bytes]], interrupts: Interrupts, grac
 def _first_failure(children: list[subprocess.Popen[bytes]]) -> int:
     """Return the exit code of a learner one of whose ranks has failed.
 
-    A rank that was killed takes the others with it within a moment, so whichever was seen first, a death by a
-    signal explains the rest; then a refusal of the input, then the lowest rank's error.
+    A rank that ends takes the others with it within a moment, by an error or, with NCCL, by an abort. So
+    whichever was seen first, a refusal of the input or the word that the run must not go on explains the
+    rest; then a death by a signal, then the lowest rank's error.
     """
     deadline = time.monotonic() + AFTER_FAILURE_S
     while time.monotonic() < deadline and any(child.poll() is None for child in children):
         time.sleep(_POLL_S)
     codes = [child.poll() for child in children]
+    for own in (INPUT_ERROR_CODE, ENDED_RUN_CODE):  # nobody ends so who has only been left alone
+        if own in codes:
+            return own
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             _say(f"rank {rank} was killed by {signal.Signals(-code).name}; the learner ends with it")
             return LOST_CODE
-    own = (INPUT_ERROR_CODE, ENDED_RUN_CODE)  # these say what was wrong; others may only have been left alone
-    return next((code for code in own if code in codes), None) or next(code for code in codes if code)
+    return next(code for code in codes if code)
 
 
 def _say(text: str) -> None:

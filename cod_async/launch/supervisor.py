@@ -257,7 +257,9 @@ class Supervisor:
         if code == INPUT_ERROR_CODE:
             raise WorkError(f"{child.name} refused its input ({cause}), not restarted; {self.tail(child)}")
         if code == ENDED_RUN_CODE:
-            raise WorkError(f"{child.name} ended the run: {self.tail(child).splitlines()[-1]}")
+            said = self.tail(child).splitlines()  # of several ranks, one may still say that it was left alone
+            why = next((line for line in reversed(said) if line.startswith("NumericsError: ")), said[-1])
+            raise WorkError(f"{child.name} ended the run: {why}")
         child.deaths_s.append(now)
         is_own = code > 0 and code != LOST_CODE and now - child.started_s < child.young_s
         child.num_own_failures = child.num_own_failures + 1 if is_own else 0

@@ -11,7 +11,7 @@ from coordinator_world import Actor, Learner, World
 
 from cod_async.lifecycle.segment import SegmentKey, Version, VersionSpan
 from cod_async.store.ledger import ledger, ledger_with_problems
-from cod_async.wire.messages import Fence, LeaseRef, LeaseRequest
+from cod_async.wire.messages import Fence, LeaseRef, LeaseRequest, StepDone
 
 MakeWorld = Callable[..., World]
 QUORUM = {"close": "quorum", "quorum_members": 2, "after_s": 10.0, "deadline_s": 100.0}
@@ -84,6 +84,25 @@ def test_who_ends_before_the_group_is_trained_goes_with_it(make_world: MakeWorld
     play(actor, 2, [0.0, 0.0])
     learner.request_step()
     assert learner.batch is not None and len(learner.batch[1]) == 9
+
+
+def test_who_ended_after_the_plan_outlives_it(make_world: MakeWorld) -> None:
+    """The plan of the group is dropped; the late member was not in it, so it is planned for itself."""
+    world, learner, actor = closed_early(make_world)
+    learner.request_step()
+    assert learner.batch is not None and len(learner.batch[1]) == 6
+    play(actor, 2, [0.0, 0.0])
+    assert states(world) == ["ready"] * 3
+    done = {"plan_digest": learner.batch[0], "metrics": {}, "dropped_as": "nonfinite"}
+    world.say(learner.session, StepDone(version=learner.version, **done))
+    learner.batch, learner.parts = None, {}
+    learner.request_step()
+    assert learner.batch is not None
+    assert [item.key for item in learner.batch[1]] == [SegmentKey(0, 2, ordinal) for ordinal in range(3)]
+    learner.take_step()
+    assert states(world) == ["trained"] * 3
+    answer = ledger(world.folder)
+    assert answer["balanced"] and answer["segments"]["dropped"] == {"nonfinite": 6}
 
 
 @pytest.mark.parametrize("how", ["deadline", "infrastructure", "late_group"])

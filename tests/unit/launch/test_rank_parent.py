@@ -14,7 +14,7 @@ import pytest
 
 from cod_async.config.learner import LearnerConfig
 from cod_async.launch import ranks
-from cod_async.launch.supervisor import INPUT_ERROR_CODE, LOST_CODE
+from cod_async.launch.supervisor import ENDED_RUN_CODE, INPUT_ERROR_CODE, LOST_CODE
 
 
 class _Run(msgspec.Struct, frozen=True):
@@ -71,6 +71,11 @@ def test_every_rank_has_a_number_of_its_own_and_all_meet_in_a_new_private_folder
         ("import os, signal, sys\nif sys.argv[4] == '1': os.kill(os.getpid(), 9)\nsignal.pause()", LOST_CODE),
         # What was wrong with the input explains more than that somebody was left alone.
         (f"import sys\nsys.exit({INPUT_ERROR_CODE} if sys.argv[4] == '1' else 1)", INPUT_ERROR_CODE),
+        # Rank 0 says that the run must not go on; the library of rank 1 aborts as it is left alone.
+        (
+            f"import os, sys\nsys.exit({ENDED_RUN_CODE}) if sys.argv[4] == '0' else os.kill(os.getpid(), 9)",
+            ENDED_RUN_CODE,
+        ),
         ("import sys\nsys.exit(1 if sys.argv[4] == '1' else 0)", 1),
     ],
 )

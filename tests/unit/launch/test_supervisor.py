@@ -138,8 +138,9 @@ def test_a_child_that_fails_by_itself_is_given_up_soon_with_its_log(
     assert child.num_restarts == MAX_OWN_FAILURES - 1
 
 
-def test_a_child_that_ends_the_run_is_never_retried(supervisor: Supervisor) -> None:
-    said = "print('long story'); print('NumericsError: the loss is nan')"
+@pytest.mark.parametrize("after", ["", "; print('WorkError: another rank of the learner is gone')"])
+def test_a_child_that_ends_the_run_is_never_retried(supervisor: Supervisor, after: str) -> None:
+    said = "print('long story'); print('NumericsError: the loss is nan')" + after
     program = f"{said}; raise SystemExit({ENDED_RUN_CODE})"
     child = supervisor.start("learner", "learner", [sys.executable, "-c", program])
     end_of(child)

@@ -248,6 +248,7 @@ def test_a_way_with_another_optimizer_is_refused(run: Kept) -> None:
         ([], "give either --step N or --failed FILE"),
         (["--failed", "nowhere"], "--failed nowhere: cannot be read"),
         (["--step", "1", "--out", "/nowhere/x"], "--out /nowhere/x: its folder does not exist"),
+        (["--step", "1", "--out", "/"], "--out /: is a folder; choose a file"),
         (["--step", "1", "--device", "abacus"], "--device abacus: unknown"),
     ],
 )
