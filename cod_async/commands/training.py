@@ -27,7 +27,8 @@ RESUME_MAY_SET = (
     "learner.keep_checkpoints", "learner.keep_checkpoint_every_steps", "learner.has_async_checkpoints",
     "learner.tokens_per_micro_batch", "learner.data_parallel", "learner.sequence_parallel",
     "learner.sequence_mode", "learner.recompute", "learner.optimizer", "learner.has_optimizer_offload",
-    "learner.trace_every_steps", "learner.has_token_records", "weights.keep_versions",
+    "learner.trace_every_steps", "learner.has_token_records", "learner.on_nonfinite",
+    "learner.max_skipped_steps", "learner.device_memory_bytes", "weights.keep_versions",
 )  # fmt: skip
 """What ``--set`` may change on ``--resume``: how long and how much at once, never what is being learned."""
 
