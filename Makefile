@@ -61,12 +61,12 @@ format: $(STAMP) ## rewrite files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(SGLANG_STAMP): $(SGLANG_CPU)/requirements.txt
+$(SGLANG_STAMP): $(SGLANG_CPU)/requirements.txt $(SGLANG_CPU)/stand_ins/cod_stand_ins.py
 	@if [ -z "$(PYTHON)" ]; then echo "no python found: install Python 3.11 or 3.12, or set PYTHON=/path/to/python" >&2; exit 2; fi
 	@[ -x $(SGLANG_VENV)/bin/python ] || $(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r $(SGLANG_CPU)/requirements.txt
 	$(SGLANG_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps xgrammar==0.2.7 sglang==0.5.23
-	echo "$(abspath $(SGLANG_CPU)/stand_ins)" > \
+	printf '%s\nimport cod_stand_ins\n' "$(abspath $(SGLANG_CPU)/stand_ins)" > \
 	  "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/cod_stand_ins.pth"
 	@touch $(SGLANG_STAMP)
 
