@@ -39,8 +39,8 @@ COPY_FOLDER = "database"
 RECORD_FILE = "copy.json"
 STEP_PAGES = 16
 """Half a megabyte is copied under the connection's lock at a time. With 200,000 segments (1.7 GB) commits
-beside a copy took 4 ms in the middle and 12 ms in 99 of 100 cases, in the best of several runs; the range is in
-docs/checkpoints.md."""
+beside a copy took 4 ms in the middle and 12 ms in 99 of 100 cases, in the best of several runs; the range is
+in docs/checkpoints.md."""
 SYNC_BYTES = 8 << 20
 """What was copied is flushed this often, outside the lock: once too much waits for the disk, a copied page
 would wait too, and a commit with it (0.7 to 2.8 s were measured)."""

@@ -1,7 +1,7 @@
 """Let ``import triton`` find the mock that sglang itself ships for machines without Triton.
 
-Imported by a ``.pth`` file of the server's environment, so that its spawned children see it too; not by the name
-``sitecustomize``, of which a system's Python may have one already.
+Imported by a ``.pth`` file of the server's environment, so that its spawned children see it too. It does not
+have the name ``sitecustomize``, of which a system's Python may have one already.
 """
 
 import importlib.abc
