@@ -7,7 +7,6 @@ from cod_async.learner.rows.batches import MicroBatch as MicroBatch
 from cod_async.learner.rows.batches import filler as filler
 from cod_async.learner.rows.batches import lay_out as lay_out
 from cod_async.learner.rows.batches import micro_batches as micro_batches
-from cod_async.learner.rows.batches import upload as upload
 from cod_async.learner.rows.flat import FlatRows as FlatRows
 from cod_async.learner.rows.flat import split_lifecycles as split_lifecycles
 from cod_async.learner.rows.flatten import MAX_LOGPROB as MAX_LOGPROB
@@ -22,3 +21,4 @@ from cod_async.learner.rows.plans import token_budget as token_budget
 from cod_async.learner.rows.rectangles import MAX_BUCKET_TOKENS as MAX_BUCKET_TOKENS
 from cod_async.learner.rows.rectangles import RECTANGLE_OVERHEAD_TOKENS as RECTANGLE_OVERHEAD_TOKENS
 from cod_async.learner.rows.rectangles import rectangles as rectangles
+from cod_async.models.transfer import upload as upload

@@ -22,6 +22,7 @@ from cod_async.learner.rows.batches import MicroBatch, filler, micro_batches
 from cod_async.learner.rows.flat import FlatRows
 from cod_async.models.attention.sequence import choose_mode, make_shard
 from cod_async.models.layout import Layout, LayoutKind
+from cod_async.models.transfer import send
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
         return batch
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return send(tensor, device)
 
     layout: Layout = batch.layout
     if layout.position_ids is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ from cod_async.learner.rows.balance import RowCost
 from cod_async.learner.rows.flat import FlatRows, IntArray, ranges
 from cod_async.learner.rows.plans import MicroBatchPlan, plan_micro_batches
 from cod_async.models.layout import RECTANGLE, Layout, LayoutKind
+from cod_async.models.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,6 @@ class MicroBatch:
     def is_filler(self) -> bool:
         """Whether it only keeps step with other ranks: no rows, no action tokens."""
         return self.num_tokens == 0
-
-
-def upload(array: npt.NDArray[Any], device: torch.device | str) -> torch.Tensor:
-    """Return ``array`` on ``device``, without making the host wait for it."""
-    tensor = torch.from_numpy(array)
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def micro_batches(

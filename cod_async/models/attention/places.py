@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from cod_async.models.transfer import upload
 
 Indices = npt.NDArray[np.int64]
 
@@ -41,12 +42,6 @@ class Pass:
     is_causal: bool
 
 
-def _upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Return ``array`` on ``device``, without making the host wait for what the device still computes."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 @dataclass(frozen=True, eq=False)
 class Places:
     """Tokens of a [T, ...] tensor, in the order in which a kernel takes them.
@@ -68,9 +63,9 @@ class Places:
             first = int(indices[0])
             if np.array_equal(indices, np.arange(first, first + len(indices))):
                 return cls(slice(first, first + len(indices)))
-            return cls(_upload(indices, device))
+            return cls(upload(indices, device))
         real = np.flatnonzero(valid)
-        index, kept, targets = (_upload(x, device) for x in (indices, real, indices[real]))
+        index, kept, targets = (upload(x, device) for x in (indices, real, indices[real]))
         return cls(index, kept, targets)
 
     def take(self, tensor: Tensor) -> Tensor:
@@ -146,7 +141,7 @@ def make_blocks(passes: Sequence[Pass], *, is_ragged: bool, device: torch.device
 def _ragged(part: Pass, device: torch.device) -> Block:
     num_queries = [len(segment.queries) for segment in part.segments]
     num_keys = [len(segment.keys) for segment in part.segments]
-    starts = [_upload(np.cumsum([0, *counts], dtype=np.int32), device) for counts in (num_queries, num_keys)]
+    starts = [upload(np.cumsum([0, *counts], dtype=np.int32), device) for counts in (num_queries, num_keys)]
     return Block(
         queries=Places.of(np.concatenate([segment.queries for segment in part.segments]), device),
         keys=Places.of(np.concatenate([segment.keys for segment in part.segments]), device),
